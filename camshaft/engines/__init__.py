@@ -1,0 +1,19 @@
+"""What turns a batch into an update: the step, the factories, and what they are made of."""
+
+from camshaft.engines.evaluator import create_evaluator
+from camshaft.engines.phase import Phase
+from camshaft.engines.seeding import seed_everything, worker_init_fn
+from camshaft.engines.supervised import create_trainer
+from camshaft.engines.trainer import Trainer
+from camshaft.engines.weights import load_weights, save_weights
+
+__all__ = [
+    "Phase",
+    "Trainer",
+    "create_evaluator",
+    "create_trainer",
+    "load_weights",
+    "save_weights",
+    "seed_everything",
+    "worker_init_fn",
+]

@@ -1,0 +1,139 @@
+"""What can be wrong with a model, an optimizer or a checkpoint, said at the first moment when it can be known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from camshaft.batches import describe
+from camshaft.modules import device_of
+
+__all__ = [
+    "bad_loss",
+    "check_count",
+    "check_device",
+    "check_optimizers",
+    "check_same_groups",
+    "check_same_keys",
+    "name_of",
+    "stateful",
+]
+
+
+def name_of(function: Any) -> str:
+    """How an error message calls a user's function."""
+    described = getattr(function, "described", None)
+    return described or getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def check_count(value: Any, argument: str) -> None:
+    """Raises ``ValueError`` unless ``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+
+
+def check_device(device: torch.device | str | None, module: nn.Module) -> torch.device:
+    """The device that batches go to; raises ``ValueError`` where the model is somewhere else."""
+    found = device_of(module)
+    if device is None:
+        return found
+    wanted = torch.device(device)
+    for place in [parameter.device for parameter in module.parameters()] or [found]:
+        if place.type == wanted.type and wanted.index in (None, place.index):
+            return place
+    raise ValueError(
+        f"device is {str(wanted)!r} but the model is on {str(found)!r}; call model.to({str(wanted)!r}) before you make "
+        "the optimizer, or leave device out"
+    )
+
+
+def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None, phase: str) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple; raises ``TypeError`` or ``ValueError`` where one can't train the module.
+
+    Args:
+        optimizer: an optimizer or a sequence of them.
+        module: the network.
+        extra: a loss with parameters of its own, if there is one.
+        phase: the phase's name, for the message.
+    """
+    optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    if not optimizers:
+        raise ValueError("optimizer must be an optimizer or a sequence of at least one, got an empty one")
+    known = {id(p) for part in (module, extra) if part is not None for p in part.parameters()}
+    taken: set[int] = set()
+    for item in optimizers:
+        if not isinstance(item, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {type(item).__name__}")
+        if isinstance(item, torch.optim.LBFGS):
+            raise TypeError("optimizer LBFGS evaluates the loss several times per step, which one pass over data can't give")
+        kind = f"the optimizer {type(item).__name__} of phase {phase!r}"
+        held = {id(p) for group in item.param_groups for p in group["params"]}
+        if not held:
+            raise ValueError(f"{kind} holds no parameters")
+        if not held & known:
+            raise ValueError(
+                f"{kind} holds no parameter of the model: it was made for another one, or before the model was replaced; "
+                "make it from model.parameters()"
+            )
+        if held & taken:
+            raise ValueError(f"{kind} holds parameters that another one holds too: they would be stepped twice")
+        taken |= held
+    return optimizers
+
+
+def stateful(function: Any) -> nn.Module | None:
+    """The module behind an objective (a loss with weights of its own), where there is one that has a state."""
+    part = getattr(function, "part", function)
+    return part if isinstance(part, nn.Module) and part.state_dict() else None
+
+
+def bad_loss(loss: Any, source: str) -> Exception:
+    """What to say of a loss that can't go backward."""
+    if not isinstance(loss, torch.Tensor):
+        return TypeError(f"{source} must be a scalar tensor, got {'None' if loss is None else describe(loss)}")
+    if loss.numel() != 1:
+        return ValueError(f"{source} must be a scalar, got {describe(loss)}; take its mean() or sum()")
+    return ValueError(
+        f"{source} has no gradient: nothing in it depends on a parameter that is trained. Was it computed under no_grad() "
+        "or detached, or is everything frozen?"
+    )
+
+
+def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:
+    """Raises ``ValueError`` where a checkpoint's tensors aren't those of this model, and names the ones that differ."""
+    shapes = [
+        f"{key} ({tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} here)"
+        for key in saved
+        if key in own and isinstance(saved[key], torch.Tensor) and saved[key].shape != own[key].shape
+    ]
+    differences = {
+        "only the checkpoint has": [key for key in saved if key not in own],
+        "only the model has": [key for key in own if key not in saved],
+        "these have other shapes:": shapes,
+    }
+    found = [
+        f"{text} {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        for text, names in differences.items()
+        if names
+    ]
+    if found:
+        raise ValueError(f"the file is of another model than {what}: {'; '.join(found)}")
+
+
+def check_same_groups(saved: Mapping[str, Any], optimizer: Optimizer, phase: str) -> None:
+    """Raises ``ValueError`` where a checkpoint's optimizer has other groups, or is of another kind, than this one."""
+    kind = f"the {type(optimizer).__name__} of phase {phase!r}"
+    before = [len(group["params"]) for group in saved["param_groups"]]
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    if before != here:
+        raise ValueError(f"the checkpoint's optimizer has parameter groups of {before} tensors, {kind} has {here}")
+    scheduled = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name", "param_names"}
+    for number, (old, new) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):
+        differ = (set(old) ^ set(new)) - scheduled
+        if differ:
+            names = ", ".join(sorted(differ))
+            raise ValueError(f"the checkpoint's optimizer is of another kind than {kind}: group {number} differs in {names}")

@@ -1,0 +1,241 @@
+"""Where the data stands: how the same batches are dealt again from the middle of an epoch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from camshaft.events import pack
+from camshaft.randomness import kept_rng, restore_rng, rng_state
+
+__all__ = ["DataPlace"]
+
+logger = logging.getLogger("camshaft")
+
+
+class DataPlace:
+    """The place in the data: the random state from which the present pass was dealt, and the batches taken since.
+
+    A ``DataLoader`` draws its order from random generators when a pass over it begins. To deal the same order again, those
+    states are kept from before the pass; to go on in its middle, the sampler is advanced without loading what it names.
+    """
+
+    def __init__(self) -> None:
+        self._start: dict[str, Any] | None = None
+        self._began = 0
+        self._data: Any = None
+
+    def begin(self, data: Iterable[Any] | None, iteration: int) -> None:
+        """Notes that a new pass over ``data`` is about to begin, at this iteration."""
+        self._data, self._began = data, iteration
+        self._start = {"rng": rng_state(), "own": _own_states(data), "epochs": _sampler_epochs(data)}
+
+    def taken(self, iteration: int) -> int:
+        """The number of batches that the present pass has given by this iteration."""
+        return iteration - self._began
+
+    def state_dict(self, iteration: int, spent: bool) -> dict[str, Any]:
+        """What a checkpoint holds of the data.
+
+        Args:
+            iteration: the iteration after which it is written.
+            spent: whether the present pass has given all that it has.
+        """
+        state: dict[str, Any] = {"length": length_of(self._data), "spent": spent or self._start is None}
+        if not state["spent"]:
+            state |= {"start": self._start, "taken": self.taken(iteration)}
+        state["own"] = _own_states(self._data)
+        if _keeps_its_place(self._data):
+            state["loader"] = pack(dict(self._data.state_dict()), "the data loader's state_dict()")
+        return state
+
+    def resume(self, data: Iterable[Any] | None, state: Mapping[str, Any], iteration: int) -> Iterator[Any]:
+        """An iterator that goes on where a checkpoint's data stood; the random generators are left as they are.
+
+        Args:
+            data: the same data as before.
+            state: what :meth:`state_dict` gave.
+            iteration: the iteration after which it was written.
+        """
+        if state["spent"]:
+            return iter(())  # the loop begins the next pass by itself
+        self._data, self._start, self._began = data, dict(state["start"]), iteration - state["taken"]
+        if data is None:
+            raise RuntimeError("the checkpoint was written in the middle of data; call run() with the same data")
+        if _keeps_its_place(data) and "loader" in state:
+            data.load_state_dict(state["loader"])  # type: ignore[attr-defined]
+            with kept_rng():
+                iterator: Iterator[Any] = iter(data)
+            return iterator
+        with kept_rng():
+            restore_rng(state["start"]["rng"])
+            _restore_own(data, state["start"]["own"])
+            _restore_epochs(data, state["start"]["epochs"])
+            iterator = _advanced(data, state["taken"])
+        _restore_own(data, state["own"])
+        return iterator
+
+
+def length_of(data: Any) -> int | None:
+    """The number of batches, where it is known."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _keeps_its_place(data: Any) -> bool:
+    """Whether it is a loader that can say by itself where it stands (torchdata's ``StatefulDataLoader``)."""
+    return hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+
+
+def _advanced(data: Any, taken: int) -> Iterator[Any]:
+    """A new pass over ``data``, ``taken`` batches in."""
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        return _skip_at_the_sampler(data, taken)
+    if taken and not isinstance(data, (list, tuple)):
+        logger.warning(
+            "resume: %s can't be entered in its middle; %d batches are loaded and passed over", type(data).__name__, taken
+        )
+    iterator: Iterator[Any] = iter(data)
+    for number in range(taken):
+        try:
+            next(iterator)
+        except StopIteration:
+            raise RuntimeError(f"resume: the data ended after {number} of the {taken} batches taken before") from None
+    return iterator
+
+
+class _Skipping:
+    """A sampler that passes over the first draws of another one when it is first asked."""
+
+    def __init__(self, sampler: Iterable[Any], skip: int) -> None:
+        self.sampler, self.skip = sampler, skip
+        self.passes: list[_SkippingIterator] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes.append(_SkippingIterator(iter(self.sampler), self.skip))
+        return self.passes[-1]
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+class _SkippingIterator:
+    def __init__(self, draws: Iterator[Any], skip: int) -> None:
+        self.draws, self.skip = draws, skip
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.advance()
+        return next(self.draws)
+
+    def advance(self) -> None:
+        while self.skip:
+            next(self.draws)
+            self.skip -= 1
+
+
+def _skip_at_the_sampler(loader: DataLoader[Any], taken: int) -> Iterator[Any]:
+    """A pass over a copy of the loader whose sampler has been advanced; nothing that is skipped is loaded."""
+    entered = copy.copy(loader)
+    attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    skipping = _Skipping(getattr(loader, attribute), taken)
+    entered.__dict__[attribute] = skipping  # the loader itself forbids to set it, and is left as it is
+    entered.__dict__["_iterator"] = None  # persistent workers belong to the loader
+    iterator = iter(entered)
+    for draws in skipping.passes:
+        draws.advance()  # at once: without workers the sampler would draw its order only at the first batch
+    return iterator
+
+
+# -- random generators and epochs that belong to a loader -------------------------------------------------------------
+
+
+def _parts(data: Any) -> Iterator[Any]:
+    """A loader and whatever it is made of that may keep a random generator of its own."""
+    seen: set[int] = set()
+    waiting = [data]
+    while waiting:
+        part = waiting.pop(0)
+        if part is None or id(part) in seen or isinstance(part, (list, tuple)):
+            continue
+        seen.add(id(part))
+        yield part
+        waiting += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+
+
+def _own_generators(data: Any) -> list[Any]:
+    kinds = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+    found = [value for part in _parts(data) for value in getattr(part, "__dict__", {}).values() if isinstance(value, kinds)]
+    return list({id(generator): generator for generator in found}.values())
+
+
+def _own_states(data: Any) -> list[Any]:
+    """The states of the generators that the loader, its samplers and its dataset keep for themselves."""
+    return [_generator_state(generator) for generator in _own_generators(data)]
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        version, internal, gauss = generator.getstate()
+        return [version, list(internal), gauss]
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def _restore_own(data: Any, states: list[Any]) -> None:
+    generators = _own_generators(data)
+    if len(generators) != len(states):
+        raise RuntimeError(
+            f"resume: the data has {len(generators)} random generators of its own where the checkpoint has {len(states)}; "
+            "make the loader as before"
+        )
+    for generator, state in zip(generators, states, strict=True):
+        if isinstance(generator, torch.Generator):
+            generator.set_state(state)
+        elif isinstance(generator, random.Random):
+            version, internal, gauss = state
+            generator.setstate((version, tuple(internal), gauss))
+        elif isinstance(generator, np.random.RandomState):
+            generator.set_state(_arrays(state))
+        else:
+            generator.bit_generator.state = _arrays(state)
+
+
+def _plain(state: Any) -> Any:
+    """NumPy's state with its arrays as tensors and its numbers as Python's."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, np.ndarray):
+        return {"values": [int(value) for value in state.tolist()], "dtype": str(state.dtype)}
+    return state.item() if isinstance(state, np.generic) else state
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, Mapping) and set(state) == {"values", "dtype"}:
+        return np.array(state["values"], dtype=state["dtype"])
+    return {key: _arrays(value) for key, value in state.items()} if isinstance(state, Mapping) else state
+
+
+def _sampler_epochs(data: Any) -> list[int]:
+    """The epoch numbers of samplers that shuffle by them (``DistributedSampler``)."""
+    return [int(part.epoch) for part in _parts(data) if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
+
+
+def _restore_epochs(data: Any, epochs: list[int]) -> None:
+    samplers = [part for part in _parts(data) if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
+    for sampler, epoch in zip(samplers, epochs, strict=False):
+        sampler.set_epoch(epoch)

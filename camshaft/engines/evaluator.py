@@ -1,0 +1,104 @@
+"""``create_evaluator``: a model and metrics become an engine that disturbs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from ignite.engine import Engine, State
+from ignite.metrics import Metric
+from torch import nn
+
+from camshaft.batches import prepare_pair
+from camshaft.engines.checks import check_device, name_of
+from camshaft.engines.loop import LoopEngine
+from camshaft.modules import kept_training_flags
+from camshaft.precision import autocast_for
+from camshaft.randomness import kept_rng
+
+__all__ = ["create_evaluator"]
+
+
+def create_evaluator(
+    model: nn.Module,
+    metrics: Mapping[str, Metric] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    non_blocking: bool = True,
+    amp: str | torch.dtype | None = None,
+    prepare_batch: Callable[..., tuple[Any, Any]] = prepare_pair,
+    model_transform: Callable[[Any], Any] | None = None,
+    output_transform: Callable[[Any, Any, Any], Any] | None = None,
+) -> Engine:
+    """Makes an engine that runs the model over data in inference mode and computes metrics.
+
+    The training flag of every submodule, and every random generator, are afterwards as they were before, however the run
+    ends. Frozen BatchNorm layers stay frozen.
+
+    Args:
+        model: the network, on its device already.
+        metrics: Ignite metrics by name; they get what ``output_transform`` gives.
+        device: where batches are moved to; by default where the model's parameters are.
+        non_blocking: lets copies from pinned memory run beside the host.
+        amp: ``None``, ``"bf16"``, ``"fp16"`` or the ``torch.dtype``.
+        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``, gives ``(x, y)`` on the device.
+        model_transform: applied to the model's output.
+        output_transform: called with ``(x, y, y_pred)``, gives ``state.output``; by default ``(y_pred, y)``.
+
+    Returns:
+        The engine; ``engine.run(loader).metrics`` are the results.
+
+    Raises:
+        TypeError: where an argument is of the wrong kind.
+        ValueError: where the model is on another device.
+
+    Example:
+        >>> from ignite.metrics import Accuracy
+        >>> evaluator = create_evaluator(torch.nn.Linear(8, 3), metrics={"accuracy": Accuracy()})
+        >>> metrics = evaluator.run([(torch.randn(4, 8), torch.randint(3, (4,)))]).metrics
+        >>> sorted(metrics)
+        ['accuracy']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    place = check_device(device, model)
+    autocast = autocast_for(amp, place)
+
+    def evaluate(engine: Engine, batch: Any) -> Any:
+        state = engine.state
+        pair = prepare_batch(batch, device=place, non_blocking=non_blocking)
+        try:
+            x, y = pair
+        except (TypeError, ValueError):
+            raise TypeError(f"prepare_batch ({name_of(prepare_batch)}) must give (x, y), got {pair!r:.200}") from None
+        if autocast is None:
+            y_pred = model(x)
+        else:
+            with autocast:
+                y_pred = model(x)
+        if model_transform is not None:
+            y_pred = model_transform(y_pred)
+        state.x, state.y, state.y_pred = x, y, y_pred  # type: ignore[attr-defined]
+        return (y_pred, y) if output_transform is None else output_transform(x, y, y_pred)
+
+    evaluator = Evaluator(evaluate, model)
+    for name, metric in (metrics or {}).items():
+        if not isinstance(metric, Metric):
+            raise TypeError(f"metrics[{name!r}] must be an ignite.metrics.Metric, got {type(metric).__name__}")
+        metric.attach(evaluator, name)
+    return evaluator
+
+
+class Evaluator(LoopEngine):
+    """An engine that runs a model in eval and inference mode, and leaves flags and random state as it found them."""
+
+    def __init__(self, process_function: Callable[[Engine, Any], Any], model: nn.Module) -> None:
+        super().__init__(process_function)
+        self.model = model
+
+    def run(self, *args: Any, **kwargs: Any) -> State:
+        """Evaluates over the data, as :meth:`ignite.engine.Engine.run` runs."""
+        with kept_training_flags(self.model), kept_rng(), torch.inference_mode():
+            self.model.eval()
+            return super().run(*args, **kwargs)

@@ -1,0 +1,177 @@
+"""``create_trainer``: a model, an optimizer and a loss become a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from camshaft.batches import detached, prepare_pair
+from camshaft.engines.checks import name_of
+from camshaft.engines.phase import Phase
+from camshaft.engines.trainer import Trainer
+from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
+
+__all__ = ["create_trainer"]
+
+
+def create_trainer(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    *,
+    device: torch.device | str | None = None,
+    non_blocking: bool = True,
+    amp: str | torch.dtype | None = None,
+    accumulation_steps: int = 1,
+    loss_weight: str | Callable[[Any], Any] = "batch",
+    partial_window: str = "step",
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    scheduler: Any = None,
+    schedule_every: str = "step",
+    prepare_batch: Callable[..., tuple[Any, Any]] = prepare_pair,
+    model_transform: Callable[[Any], Any] | None = None,
+    output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] | None = None,
+    compute_loss: Callable[[nn.Module, Any], Any] | None = None,
+) -> Trainer:
+    """Makes a trainer whose ``run(loader, max_epochs=...)`` trains the model.
+
+    Each argument that has a handler is shorthand for attaching it: ``clip_grad_norm=1.0`` is
+    ``GradientClipping(max_norm=1.0).attach(trainer)``.
+
+    Args:
+        model: the network, on its device already.
+        optimizer: its optimizer, or a sequence of optimizers that step together.
+        loss_fn: called as ``loss_fn(y_pred, y)``, gives a scalar; ``None`` where ``compute_loss`` is given.
+        device: where batches are moved to; by default where the model's parameters are.
+        non_blocking: lets copies from pinned memory run beside the host.
+        amp: ``None``, ``"bf16"``, ``"fp16"`` (with a gradient scaler) or the ``torch.dtype``.
+        accumulation_steps: how many batches make one optimizer step.
+        loss_weight: how batches count in a window: each the same (``"batch"``), by their samples (``"samples"``), or by a
+            function of the batch as the loader gave it (its tokens, say).
+        partial_window: what becomes of an epoch's last, shorter window: ``"step"`` or ``"drop"``.
+        clip_grad_norm: the largest total 2-norm of the gradient.
+        clip_grad_value: the largest absolute value of a gradient's entry.
+        scheduler: any ``torch.optim.lr_scheduler``, or a sequence of them.
+        schedule_every: ``"step"`` (each optimizer step) or ``"epoch"``.
+        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``, gives ``(x, y)`` on the device.
+        model_transform: applied to the model's output before the loss.
+        output_transform: called with detached ``(x, y, y_pred, loss)``, gives ``state.output``; by default the loss.
+        compute_loss: any other objective: called as ``compute_loss(model, batch)`` with the batch on the device, under
+            autocast; gives a scalar or a mapping with ``"loss"``, whose other entries are logged by name.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        TypeError: where an argument is of the wrong kind.
+        ValueError: where a value isn't allowed, or model, optimizer and scheduler don't belong together.
+        RuntimeError: where the device can't do what ``amp`` asks for.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 3)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> trainer = create_trainer(model, optimizer, torch.nn.functional.cross_entropy, clip_grad_norm=1.0)
+        >>> batches = [(torch.randn(4, 8), torch.randint(3, (4,)))] * 5
+        >>> trainer.run(batches, max_epochs=2).optimizer_step
+        10
+    """
+    objective: Supervised | Custom
+    if compute_loss is not None:
+        check_custom(compute_loss, loss_fn, prepare_batch, model_transform, output_transform)
+        objective = Custom(model, compute_loss)
+        phase = Phase("model", model, optimizer, objective, device=device, non_blocking=non_blocking)
+        trainer = Trainer([phase])
+    else:
+        for name, function in (("loss_fn", loss_fn), ("prepare_batch", prepare_batch)):
+            if not callable(function):
+                hint = "; pass compute_loss= for an objective without one" if name == "loss_fn" else ""
+                raise TypeError(f"{name} must be callable, got {function!r}{hint}")
+        objective = Supervised(model, loss_fn, prepare_batch, model_transform)
+        phase = Phase("model", model, optimizer, objective, prepare=objective.prepare, device=device, non_blocking=non_blocking)
+        objective.device, objective.non_blocking = phase.device, non_blocking
+        trainer = Trainer([phase], output=None if output_transform is None else Output(output_transform))
+
+    if amp is not None:
+        MixedPrecision(amp).attach(trainer)
+    if (accumulation_steps, loss_weight, partial_window) != (1, "batch", "step"):
+        GradientAccumulation(accumulation_steps, loss_weight=loss_weight, partial_window=partial_window).attach(trainer)
+    if clip_grad_norm is not None or clip_grad_value is not None:
+        GradientClipping(clip_grad_norm, clip_value=clip_grad_value).attach(trainer)
+    if scheduler is not None:
+        schedulers = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
+        for number, item in enumerate(schedulers, start=1):
+            LRScheduling(item, every=schedule_every).attach(trainer, None if number == 1 else f"LRScheduling{number}")
+    return trainer
+
+
+class Supervised:
+    """The objective ``loss_fn(model_transform(model(x)), y)``."""
+
+    device: torch.device | None = None
+    non_blocking = True
+
+    def __init__(self, model: nn.Module, loss_fn: Any, prepare_batch: Any, model_transform: Any) -> None:
+        if model_transform is not None and not callable(model_transform):
+            raise TypeError(f"model_transform must be callable, got {model_transform!r}")
+        self.model, self.part, self.prepare_batch, self.model_transform = model, loss_fn, prepare_batch, model_transform
+        self.described = f"loss_fn {name_of(loss_fn)}"
+
+    def prepare(self, engine: Any, batch: Any) -> None:
+        state = engine.state
+        pair = self.prepare_batch(batch, device=self.device, non_blocking=self.non_blocking)
+        try:
+            state.x, state.y = pair
+        except (TypeError, ValueError):
+            raise TypeError(f"prepare_batch ({name_of(self.prepare_batch)}) must give (x, y), got {pair!r:.200}") from None
+
+    def __call__(self, engine: Any, _: Any) -> Any:
+        state = engine.state
+        y_pred = self.model(state.x)
+        if self.model_transform is not None:
+            y_pred = self.model_transform(y_pred)
+        state.y_pred = y_pred
+        return self.part(y_pred, state.y)
+
+
+class Custom:
+    """The objective ``compute_loss(model, batch)``."""
+
+    def __init__(self, model: nn.Module, compute_loss: Any) -> None:
+        self.model, self.part = model, compute_loss
+        self.described = f"compute_loss {name_of(compute_loss)}"
+
+    def __call__(self, engine: Any, batch: Any) -> Any:
+        return self.part(self.model, batch)
+
+
+class Output:
+    """``state.output`` by a user's ``output_transform`` of detached tensors."""
+
+    def __init__(self, transform: Any) -> None:
+        if not callable(transform):
+            raise TypeError(f"output_transform must be callable, got {transform!r}")
+        self.transform = transform
+
+    def __call__(self, engine: Any) -> Any:
+        state = engine.state
+        return self.transform(detached(state.x), detached(state.y), state.y_pred, state.loss)
+
+
+def check_custom(compute_loss: Any, loss_fn: Any, prepare_batch: Any, model_transform: Any, output_transform: Any) -> None:
+    """Raises where ``compute_loss`` comes with arguments that it replaces."""
+    if not callable(compute_loss):
+        raise TypeError(f"compute_loss must be callable, got {compute_loss!r}")
+    replaced = {
+        "loss_fn": loss_fn is not None,
+        "prepare_batch": prepare_batch is not prepare_pair,
+        "model_transform": model_transform is not None,
+        "output_transform": output_transform is not None,
+    }
+    given = [name for name, is_given in replaced.items() if is_given]
+    if given:
+        raise ValueError(f"compute_loss gets the model and the whole batch, so {', '.join(given)} can't be used with it")

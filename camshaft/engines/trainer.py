@@ -1,0 +1,442 @@
+"""The trainer: an Ignite engine whose iteration is a cycle of named moments."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events, State
+from torch.utils.data import DataLoader
+
+from camshaft.engines.data import DataPlace, length_of
+from camshaft.engines.explain import explain
+from camshaft.engines.loop import LoopEngine
+from camshaft.engines.phase import Phase
+from camshaft.events import STEP_CLOCKS, Handler, StepEvents
+from camshaft.metrics import Metrics
+from camshaft.randomness import restore_rng, rng_state
+from camshaft.rates import group_rates
+
+__all__ = ["Trainer", "TrainerState"]
+
+logger = logging.getLogger("camshaft")
+
+FORMAT = 1
+"""The version of what a checkpoint holds."""
+
+
+class TrainerState(State):
+    """``trainer.state``: Ignite's fields, the second clock, and this iteration's tensors."""
+
+    optimizer_step: int = 0
+    """The number of optimizer steps completed; while a step's events fire, the number of the one being made."""
+    skipped_steps: int = 0
+    """How many optimizer steps the scaler or a guard refused."""
+    phase: str = ""
+    """The name of the phase whose events fire."""
+    x: Any = None
+    y: Any = None
+    y_pred: Any = None
+    loss: Any = None
+    """The undivided loss of this batch, on the device."""
+    grad_norm: torch.Tensor | None = None
+    """The gradient's total norm before clipping, on the device; ``None`` where nobody measures it."""
+    stop_reason: str | None = None
+    """Why the run ended early."""
+    epoch_is_open: bool = False
+    """Whether an epoch has begun whose ``EPOCH_COMPLETED`` has not fired yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: dict[str, Any] = {}
+        """The named entries of the objectives' mappings, detached."""
+        self.metrics = Metrics()
+
+    @property
+    def metrics(self) -> Metrics:
+        """Evaluation results under ``"<prefix>/<metric>"``."""
+        return self._metrics
+
+    @metrics.setter
+    def metrics(self, values: dict[str, Any]) -> None:
+        self._metrics = values if isinstance(values, Metrics) else Metrics(values)
+
+    def get_event_attrib_value(self, event_name: Any) -> int:
+        """The value of the clock on which an event counts."""
+        clock = STEP_CLOCKS.get(getattr(event_name, "name", event_name))
+        return super().get_event_attrib_value(event_name) if clock is None else int(getattr(self, clock))
+
+
+class Trainer(LoopEngine):
+    """An Ignite engine that trains one or more phases; made by :func:`create_trainer` and :func:`create_gan_trainer`.
+
+    Whatever works on an ``ignite.engine.Engine`` works on it. An alternating scheme of one's own is a trainer over
+    :class:`Phase` objects: the first is led by the data, each other has a whole window after every ``interval``-th
+    completed step of the first.
+
+    Args:
+        phases: the phases, in order.
+        output: called with the trainer after each iteration; gives ``state.output``. By default the detached loss.
+
+    Raises:
+        TypeError: where a phase is none.
+        ValueError: where two phases have one name, or train the same parameters.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> phase = Phase("model", model, optimizer, lambda engine, batch: model(batch).square().mean())
+        >>> Trainer([phase]).run([torch.ones(4, 2)] * 3, max_epochs=2).optimizer_step
+        6
+    """
+
+    state: TrainerState
+
+    def __init__(self, phases: Sequence[Phase], *, output: Callable[[Trainer], Any] | None = None) -> None:
+        check_phases(phases)
+        super().__init__(self._step)
+        self.state = TrainerState()
+        self.register_events(*StepEvents)
+        self.handlers: dict[str, Handler] = {}
+        """The attached handlers of this package, by name."""
+        self.phases = {phase.name: phase for phase in phases}
+        """The phases by name, in order."""
+        self.lead, self._followers = phases[0], tuple(phases[1:])
+        self._output = output
+        self._batch: Any = None
+        self._place = DataPlace()
+        self._restored: Mapping[str, Any] | None = None
+        self._length_is_learned = False
+        self._asked_to_stop = False
+        self._steps_before = 0
+        self.exit_code: int | None = None
+        """What the process exits with when the run has ended; set by whoever was asked to end it."""
+        self.add_event_handler_at(-1000, Events.STARTED, self._begin_run)
+        self.add_event_handler_at(1000, Events.STARTED, self._begin_data)
+        self.add_event_handler_at(-1000, Events.EPOCH_STARTED, self._begin_epoch)
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, engine: Engine, batch: Any) -> Any:
+        completed = self.lead.run(self, batch)
+        if self._followers:
+            self._batch = batch
+            self._follow(completed)
+        return self.state.loss if self._output is None else self._output(self)
+
+    def _follow(self, completed: bool) -> None:
+        """Gives the other phases their turn after a completed step of the first."""
+        for phase in self._followers:
+            if completed and self.lead.optimizer_step % phase.interval == 0:
+                phase.run_window(self, self._batch)
+        main = self._followers[-1]  # between iterations the clock is that of the last phase
+        self.state.optimizer_step, self.state.skipped_steps = main.optimizer_step, main.skipped_steps
+
+    def _data_stopped(self) -> None:
+        if self.lead.window_is_open:
+            completed = self.lead.stop_window(self)
+            if self._followers:
+                self._follow(completed)
+
+    @property
+    def batches_left(self) -> float:
+        """How many batches there are, this one included, before the data is bound to stop; infinite where not known."""
+        state = self.state
+        left = float("inf") if state.epoch_length is None else state.epoch_length - self.epoch_iteration + 1
+        return left if state.max_iters is None else min(left, state.max_iters - state.iteration + 1)
+
+    @property
+    def window_is_open(self) -> bool:
+        """Whether any phase has gathered gradients that no optimizer step has used yet."""
+        return any(phase.window_is_open for phase in self.phases.values())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a run is under way, so that this is asked from inside it."""
+        generator = self._internal_run_generator
+        return generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_RUNNING
+
+    def refuse_step(self, flag: torch.Tensor, then: Callable[[], None] = lambda: None) -> None:
+        """Asks at ``GRADIENTS_READY`` or ``GRADIENTS_CLIPPED`` that the coming optimizer step be refused.
+
+        Args:
+            flag: a boolean scalar tensor on any device; the step is refused where it is true. The flags of all handlers and
+                of the scaler are fetched in one transfer.
+            then: called where it is true, before ``OPTIMIZER_STEP_SKIPPED``; may raise.
+
+        Example:
+            >>> def skip_spikes(engine):
+            ...     engine.refuse_step(engine.state.grad_norm > 100)
+        """
+        self.phases[self.state.phase].refuse_step(flag, then)
+
+    def phases_named(self, name: str | None) -> list[Phase]:
+        """The phase of this name, or all of them for ``None``.
+
+        Raises:
+            ValueError: where there is no such phase.
+        """
+        if name is None:
+            return list(self.phases.values())
+        if name not in self.phases:
+            raise ValueError(f"phase must be one of {list(self.phases)}, got {name!r}")
+        return [self.phases[name]]
+
+    def learning_rates(self, phase: str) -> list[tuple[str, float]]:
+        """The present learning rates of a phase by name; with several phases the names begin with the phase's."""
+        rates = group_rates(self.phases[phase].optimizers)
+        return [(f"{phase}/{name}", rate) for name, rate in rates] if len(self.phases) > 1 else rates
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        data: Iterable[Any] | DataLoader[Any] | None = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State:
+        """Trains over the data, as :meth:`ignite.engine.Engine.run` does.
+
+        Args:
+            data: batches that can be passed over again and again (a list or a ``DataLoader``).
+            max_epochs: the epoch after which the run ends (default 1); a resumed run counts on from where it was.
+            max_iters: the iteration after which it ends, instead.
+            epoch_length: the number of batches that count as an epoch, by default all of ``data``.
+
+        Returns:
+            The trainer's state.
+
+        Raises:
+            RuntimeError: where the run ends without one optimizer step made or skipped.
+            ValueError: where a number is out of range, or the data isn't that of the checkpoint.
+        """
+        for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self._internal_run_generator is not None:  # interrupted: goes on inside the same epoch
+            return super().run(data, max_epochs, max_iters, epoch_length)
+        if self._restored is not None:
+            if self._is_finished(data, max_epochs, max_iters):
+                return self.state
+            max_epochs = max_iters = None
+        self._asked_to_stop = False
+        resumed = self._restored is not None
+        super().run(data, max_epochs, max_iters, epoch_length)
+        ended = self._internal_run_generator is None
+        if self.exit_code is not None:
+            raise SystemExit(self.exit_code)
+        if ended and not resumed and not self._asked_to_stop and self._steps_tried() == self._steps_before:
+            raise RuntimeError(
+                f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
+                "every window was dropped by partial_window='drop'"
+            )
+        return self.state
+
+    def terminate(self, skip_completed: bool = False, reason: str | None = None) -> None:
+        """Ends the run after the event in which this is called, as Ignite does.
+
+        Args:
+            skip_completed: leaves out ``COMPLETED``.
+            reason: what ``state.stop_reason`` says.
+        """
+        super().terminate(skip_completed)
+        self._asked_to_stop = True
+        if self.state.stop_reason is None:
+            where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
+            self.state.stop_reason = reason or f"terminate() was called in {where}"
+
+    def explain(self) -> str:
+        """The cycle as it will run, as text: each event, its handlers in order, their filters and what they change.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> trainer = Trainer([Phase("model", model, optimizer, lambda engine, batch: model(batch).mean())])
+            >>> "BACKWARD_COMPLETED" in trainer.explain()
+            True
+        """
+        return explain(self)
+
+    def _steps_tried(self) -> int:
+        return sum(phase.optimizer_step + phase.skipped_steps for phase in self.phases.values())
+
+    def _begin_run(self) -> None:
+        """First of all at ``STARTED``: a new run begins its clocks anew, a resumed one keeps them."""
+        state = self.state
+        state.stop_reason = None
+        state.phase = self.lead.name
+        for phase in self.phases.values():
+            phase.remember_modes()
+            if self._restored is None and state.iteration == 0:
+                phase.optimizer_step = phase.skipped_steps = phase.forward_passes = 0
+        self._steps_before = self._steps_tried()
+        main = list(self.phases.values())[-1]
+        state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
+        if self._restored is None:
+            state.epoch_is_open = False
+
+    def _begin_epoch(self) -> None:
+        """First of all at ``EPOCH_STARTED``: what an earlier run left in the middle of a window is thrown away."""
+        for phase in self.phases.values():
+            phase.remember_modes()
+            if phase.window_is_open:
+                phase.abandon_window()
+
+    def _begin_data(self) -> None:
+        """Last of all at ``STARTED``: a resumed run has its random state again, and an epoch begun isn't begun twice."""
+        if self._restored is None:
+            return
+        restore_rng(self._restored["rng"])
+        if self.state.epoch_is_open:
+            self._listeners["EPOCH_STARTED"] = ()  # until the data is set up, which follows at once
+
+    def _setup_dataloader_iter(self) -> None:
+        restored, self._restored = self._restored, None
+        data = self.state.dataloader
+        if restored is not None:
+            self._listeners.pop("EPOCH_STARTED", None)
+            if self.state.epoch_is_open or not restored["data"]["spent"]:
+                self._init_iter = restored["clocks"]["epoch_iteration"] if self.state.epoch_is_open else 0
+                self._dataloader_iter = self._place.resume(data, restored["data"], self.state.iteration)
+                return
+        self._place.begin(data, self.state.iteration)
+        super()._setup_dataloader_iter()
+
+    def _run_once_on_dataset_as_gen(self) -> Generator[State, None, float]:
+        self.state.epoch_is_open = True
+        elapsed = yield from super()._run_once_on_dataset_as_gen()
+        self.state.epoch_is_open = False
+        return elapsed
+
+    def _learn_epoch_length(self, length: int) -> None:
+        super()._learn_epoch_length(length)
+        self._length_is_learned = True
+
+    @staticmethod
+    def _is_done(state: State) -> bool:
+        return not getattr(state, "epoch_is_open", False) and Engine._is_done(state)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as tensors and plain values.
+
+        Returns:
+            A dict that ``torch.load(weights_only=True)`` can read back; :meth:`restore` takes it.
+        """
+        state = self.state
+        return {
+            "format": FORMAT,
+            "clocks": {
+                "iteration": state.iteration,
+                "epoch": state.epoch,
+                "epoch_length": state.epoch_length,
+                "max_epochs": state.max_epochs,
+                "max_iters": state.max_iters,
+                "epoch_iteration": self.epoch_iteration,
+                "epoch_is_open": state.epoch_is_open,
+                "length_is_learned": self._length_is_learned,
+            },
+            "phases": {name: phase.state_dict() for name, phase in self.phases.items()},
+            "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
+            "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},
+            "rng": rng_state(),
+            "data": self._place.state_dict(state.iteration, self._pass_is_spent()),
+        }
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Sets everything back to where :meth:`checkpoint` was called; the next :meth:`run` goes on from there.
+
+        Args:
+            content: what :meth:`checkpoint` gave.
+
+        Raises:
+            ValueError: where it belongs to another model, optimizer or scheme; nothing has been changed then.
+        """
+        if content.get("format") != FORMAT:
+            raise ValueError(f"the file isn't a checkpoint of this package's format {FORMAT}: format {content.get('format')!r}")
+        if list(content["phases"]) != list(self.phases):
+            raise ValueError(f"the checkpoint has the phases {list(content['phases'])}, this trainer {list(self.phases)}")
+        for name, phase in self.phases.items():
+            phase.check_state_dict(content["phases"][name])
+        for name, phase in self.phases.items():
+            phase.load_state_dict(content["phases"][name])
+        self._restore_handlers(content["handlers"])
+        clocks, state = content["clocks"], self.state
+        for name in ("iteration", "epoch", "epoch_length", "max_epochs", "max_iters", "epoch_is_open"):
+            setattr(state, name, clocks[name])
+        self.epoch_iteration = clocks["epoch_iteration"]
+        self._length_is_learned = clocks["length_is_learned"]
+        main = list(self.phases.values())[-1]
+        state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
+        state.metrics.recall(content["metrics"])
+        self.should_terminate = self.should_terminate_single_epoch = False
+        self._internal_run_generator = self._dataloader_iter = self._init_iter = None
+        self._restored = content
+
+    def _restore_handlers(self, saved: Mapping[str, Any]) -> None:
+        for name, handler in self.handlers.items():
+            if name in saved:
+                handler.load_state_dict(saved[name])
+        added = [name for name, handler in self.handlers.items() if name not in saved]
+        removed = [name for name, state in saved.items() if name not in self.handlers and state]
+        if added or removed:
+            parts = [f"{text} {', '.join(names)}" for text, names in (("new since:", added), ("gone:", removed)) if names]
+            warnings.warn(
+                f"resume: the handlers are not those of the checkpoint ({'; '.join(parts)}); the new ones start afresh",
+                stacklevel=3,
+            )
+
+    def _pass_is_spent(self) -> bool:
+        """Whether the present pass over the data has given all that it has."""
+        state, taken = self.state, self._place.taken(self.state.iteration)
+        length = length_of(state.dataloader)
+        if length is None and self._length_is_learned:
+            length = state.epoch_length
+        return length is not None and taken >= length
+
+    def _is_finished(self, data: Any, max_epochs: int | None, max_iters: int | None) -> bool:
+        """Takes the limits of a resumed run over, and says whether they are reached already."""
+        if max_epochs is not None and max_iters is not None:
+            raise ValueError("max_epochs and max_iters exclude each other; give only one of them")
+        assert self._restored is not None
+        before, now = self._restored["data"]["length"], length_of(data)
+        if before is not None and now is not None and before != now:
+            raise ValueError(
+                f"the data has {now} batches, the checkpoint was written with {before}: the run can't go on exactly. Use the "
+                "same data and batch size, or start a new run from its weights"
+            )
+        state = self.state
+        if max_epochs is not None or max_iters is not None:
+            state.max_epochs, state.max_iters = max_epochs, max_iters
+        if state.max_epochs is None and state.max_iters is None:
+            state.max_epochs = 1
+        if self._is_done(state):
+            logger.info("nothing to do: epoch %d, iteration %d is the end already", state.epoch, state.iteration)
+            return True
+        if state.epoch_is_open:
+            state.epoch -= 1  # Ignite counts it again
+        return False
+
+
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Raises where the phases can't make a trainer."""
+    if not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise TypeError(f"phases must be a sequence of at least one Phase, got {phases!r}")
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every phase needs a name of its own, got {names}")
+    owner: dict[int, str] = {}
+    for phase in phases:
+        for parameter in phase.parameters():
+            other = owner.setdefault(id(parameter), phase.name)
+            if other != phase.name:
+                raise ValueError(
+                    f"the optimizers of phases {other!r} and {phase.name!r} hold the same parameters; "
+                    "make each from its own network's parameters()"
+                )

@@ -1,0 +1,312 @@
+"""Checkpoints that rotate, can't be lost, and resume exactly."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from camshaft.batches import tensors
+from camshaft.events import Events, Handler, Listener, Place, on, split
+from camshaft.files import BadFile, clear_litter, load_checked, save_durably
+from camshaft.metrics import MetricWatch, as_number, check_mode
+from camshaft.rotation import Entry, Index, best_first, file_name, kept
+
+__all__ = ["CheckpointRotation"]
+
+logger = logging.getLogger("camshaft")
+
+FAILURES = 3
+"""After this many failed saves in a row the error is raised."""
+
+
+class CheckpointRotation(Handler):
+    """Writes checkpoints, keeps the last and the best, and resumes from them.
+
+    A request inside a window waits for its end and comes after every other handler of that moment. The end of a run,
+    ``terminate()`` included, saves once more where anything is new; an exception writes nothing. A checkpoint holds all that
+    a run is: see "Checkpoints and resume" in the guide.
+
+    Args:
+        dirname: the folder; it is made where it isn't there.
+        keep_last: how many of the newest are kept.
+        keep_best: how many of the best are kept besides, by ``metric``.
+        metric: the name of the score in ``state.metrics``.
+        mode: ``"max"`` where more is better, ``"min"`` where less is.
+        every: the event, or events, that ask for a checkpoint.
+        every_minutes: asks for one whenever so many minutes have gone since the last, too.
+
+    Raises:
+        ValueError: where a value isn't allowed; in the run, where the metric never appears.
+        OSError: at ``attach``, where the folder can't be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from camshaft import create_trainer
+        >>> model = torch.nn.Linear(8, 1)
+        >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.functional.mse_loss)
+        >>> checkpoints = CheckpointRotation(tempfile.mkdtemp()).attach(trainer)
+        >>> _ = trainer.run([(torch.zeros(2, 8), torch.zeros(2, 1))] * 2)
+        >>> checkpoints.last.name
+        'step-00000002.pt'
+    """
+
+    def __init__(
+        self,
+        dirname: str | os.PathLike[str],
+        keep_last: int = 3,
+        keep_best: int = 0,
+        metric: str | None = None,
+        mode: str = "max",
+        every: Any = Events.EPOCH_COMPLETED,
+        every_minutes: float | None = None,
+    ) -> None:
+        check_mode(mode)
+        for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if keep_best and metric is None:
+            raise ValueError("keep_best needs metric, the name of the score in state.metrics, such as 'val/accuracy'")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"every_minutes must be a positive number, got {every_minutes!r}")
+        self.folder = Path(dirname)
+        self.keep_last, self.keep_best, self.mode = keep_last, keep_best, mode
+        self.every, self.every_minutes = split(every), every_minutes
+        self.watch = None if metric is None else MetricWatch(metric, "CheckpointRotation")
+        self._index: Index | None = None
+        self._requested = False
+        self._score: tuple[int, float] | None = None
+        self._saved_at: tuple[int, bool] | None = None
+        self._saved_when = time.monotonic()
+        self._failures = 0
+
+    @property
+    def index(self) -> Index:
+        """What the folder holds."""
+        if self._index is None:
+            self._index = Index(self.folder)
+        return self._index
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint."""
+        return self.folder / self.index.entries[-1].file if self.index.entries else None
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best score."""
+        ranked = best_first(self.index.entries, self.mode)
+        return self.folder / ranked[0].file if ranked else None
+
+    # -- when to save -------------------------------------------------------------------------------------------------
+
+    def on_attach(self, engine: Any) -> None:
+        """Makes the folder, sees that it can be written, and clears what a killed save has left there."""
+        if not hasattr(engine, "checkpoint"):
+            raise TypeError(f"CheckpointRotation needs a trainer from create_trainer(), got {type(engine).__name__}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".camshaft-{os.getpid()}.tmp"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise type(error)(error.errno, f"dirname: checkpoints can't be written there ({error.strerror})", str(self.folder)) from error
+        clear_litter(self.folder)
+
+    def listeners(self) -> Iterator[Listener]:
+        """The events that ask, and the moments at which saving comes last of all."""
+        yield from super().listeners()
+        for event in self.every:
+            yield Listener(event, self.request, Place.SAVE - 1)
+        yield Listener(Events.ITERATION_COMPLETED(self._is_due), self.settle, Place.SAVE)
+        yield Listener(Events.EPOCH_COMPLETED, self.settle_epoch, Place.SAVE)
+
+    @on(Events.STARTED)
+    def start(self, engine: Any) -> None:
+        """A new run has saved nothing yet."""
+        self._requested, self._score, self._saved_at = False, None, None
+        self._saved_when = time.monotonic()
+        if self.watch is not None:
+            self.watch.start(engine)
+
+    def request(self) -> None:
+        """Asks for a checkpoint at the end of the open window."""
+        self._requested = True
+
+    def _is_due(self, engine: Any, _: int) -> bool:
+        if self._requested or (self.watch is not None and self.watch.is_new(engine)):
+            return True
+        return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
+
+    def settle(self, engine: Any) -> None:
+        """Saves what has been asked for, unless a window is open."""
+        self._look_at_score(engine)
+        if self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60:
+            self._requested = True
+        if self._requested and not engine.window_is_open:
+            self._save()
+
+    def settle_epoch(self, engine: Any) -> None:
+        """The same after an epoch, when the metric must have appeared."""
+        if self.watch is not None:
+            self.watch.check_exists(engine)
+        self.settle(engine)
+
+    @on(Events.COMPLETED, place=Place.SAVE)
+    def finish(self, engine: Any) -> None:
+        """Saves the end of a run where anything is new, the gradients of an open window included."""
+        self._look_at_score(engine)
+        if self._requested or self._saved_at != self._now(engine):
+            self._save()
+
+    def _look_at_score(self, engine: Any) -> None:
+        """Notes a new score, and asks for a checkpoint where it is among the best."""
+        if self.watch is None or not self.watch.is_new(engine):
+            return
+        score = self.watch.take(engine)
+        if not math.isfinite(score):
+            return
+        self._score = engine.state.optimizer_step, score
+        ranked = best_first(self.index.entries, self.mode)[: self.keep_best]
+        among = len(ranked) < self.keep_best or any(
+            (score > entry.score) if self.mode == "max" else (score < entry.score) for entry in ranked if entry.score is not None
+        )
+        self._requested = self._requested or among
+
+    @staticmethod
+    def _now(engine: Any) -> tuple[int, bool]:
+        return engine.state.iteration, engine.state.epoch_is_open
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint now, or inside a run at the end of the open window, after every other handler.
+
+        Returns:
+            The file; ``None`` where it is still to come.
+
+        Raises:
+            RuntimeError: where the handler isn't attached.
+        """
+        if self.engine is None:
+            raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
+        if self.engine.is_running:
+            self.request()
+            return None
+        return self._save()
+
+    def _save(self) -> Path | None:
+        engine, state = self.engine, self.engine.state
+        self._requested = False
+        step = next(iter(engine.phases.values())).optimizer_step
+        score = None
+        if self._score is not None and self._score[0] >= state.optimizer_step - 1:
+            score, self._score = self._score[1], None
+        metrics = {name: _finite(value) for name, value in state.metrics.items()}
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        entry = Entry(file_name(step), step, state.iteration, state.epoch, score, metrics, when)
+        path = self.folder / entry.file
+        content = engine.checkpoint()
+        content["rotation"] = {"identity": self.index.identity, "entry": vars(entry)}
+        try:
+            if not self.index.path.exists():
+                self.index.write()
+            save_durably(content, path)
+            self.index.add(entry)
+            self._rotate()
+        except OSError as error:
+            self._failed(path, content, error)
+            return None
+        self._failures = 0
+        self._saved_at, self._saved_when = self._now(engine), time.monotonic()
+        return path
+
+    def _rotate(self) -> None:
+        """Writes the index, and only then deletes."""
+        before = self.index.entries
+        self.index.entries = kept(before, self.keep_last, self.keep_best, self.mode)
+        self.index.write()
+        names = {entry.file for entry in self.index.entries}
+        for entry in before:
+            if entry.file not in names:
+                (self.folder / entry.file).unlink(missing_ok=True)
+
+    def _failed(self, path: Path, content: Any, error: OSError) -> None:
+        """One clear warning for a save that failed; the third in a row is raised."""
+        self._failures += 1
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors(content))
+        try:
+            free = f"{shutil.disk_usage(self.folder).free:,} bytes are free"
+        except OSError:
+            free = "the folder can't be looked at"
+        message = (
+            f"the checkpoint {path} could not be written ({error.strerror or error}): it takes about {needed:,} bytes, {free}. "
+            f"The earlier checkpoints are untouched"
+        )
+        if self._failures >= FAILURES:
+            raise OSError(error.errno, f"{message}; {FAILURES} saves in a row have failed", str(path)) from error
+        warnings.warn(f"{message}; training goes on", RuntimeWarning, stacklevel=3)
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def resume(self, which: str | os.PathLike[str] = "auto") -> Path | None:
+        """Sets the trainer back to a checkpoint; the next ``run()`` goes on from there.
+
+        Args:
+            which: ``"auto"`` for the newest good file (a warning names the bad ones passed over), ``"best"``, or a path.
+
+        Returns:
+            The file that was loaded; ``None`` for ``"auto"`` in a folder without any checkpoint.
+
+        Raises:
+            RuntimeError: where the handler isn't attached, the file asked for can't be used, or none of the folder can.
+            ValueError: where the checkpoint is of another model, optimizer or scheme.
+        """
+        if self.engine is None:
+            raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
+        if self.engine.is_running:
+            raise RuntimeError("resume() can't be called inside a run; call it before run()")
+        if which == "best":
+            if self.best is None:
+                raise BadFile(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")
+            return self._load(self.best)
+        if which != "auto":
+            return self._load(Path(which))
+        passed_over: list[str] = []
+        for path in self.index.newest_first():
+            try:
+                loaded = self._load(path)
+            except BadFile as error:
+                passed_over.append(str(error))
+                continue
+            if passed_over:
+                warnings.warn(f"resumed from {path}; passed over: {'; '.join(passed_over)}", RuntimeWarning, stacklevel=2)
+            return loaded
+        if passed_over:
+            raise BadFile(f"no checkpoint in {self.folder} can be used: {'; '.join(passed_over)}")
+        return None
+
+    def _load(self, path: Path) -> Path:
+        content = load_checked(path)
+        if not isinstance(content, dict) or "phases" not in content:
+            raise BadFile(f"{path} is not a checkpoint of a trainer")
+        self.engine.restore(content)
+        logger.info("resumed from %s: epoch %d, step %d", path, self.engine.state.epoch, self.engine.state.optimizer_step)
+        return path
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = as_number(value, "metric")
+    except TypeError:
+        return None
+    return number if math.isfinite(number) else None
+
+

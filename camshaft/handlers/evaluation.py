@@ -1,0 +1,91 @@
+"""Evaluation in the middle of training, which training doesn't notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ignite.engine import Engine
+
+from camshaft.events import Events, Handler, Listener, Place, on, split
+from camshaft.modules import kept_training_flags
+from camshaft.randomness import kept_rng
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation(Handler):
+    """Runs an evaluator over data and puts its metrics into the trainer's ``state.metrics`` as ``"<prefix>/<metric>"``.
+
+    The training flag of every submodule and every random generator are afterwards as they were. At the end of a run it
+    runs once more where the weights have changed since.
+
+    Args:
+        evaluator: an engine with metrics, from :func:`create_evaluator` or any Ignite engine.
+        data: what it runs over.
+        every: the event, or events, at which it runs.
+        prefix: what its metrics' names begin with.
+
+    Raises:
+        TypeError: where ``evaluator`` is no engine, ``every`` no event, or ``data`` can't be passed over.
+
+    Example:
+        >>> import torch
+        >>> from ignite.metrics import Accuracy
+        >>> from camshaft import create_evaluator, create_trainer
+        >>> model = torch.nn.Linear(8, 3)
+        >>> data = [(torch.randn(4, 8), torch.randint(3, (4,)))] * 2
+        >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.functional.cross_entropy)
+        >>> evaluator = create_evaluator(model, metrics={"accuracy": Accuracy()})
+        >>> evaluation = Evaluation(evaluator, data, every=Events.ITERATION_COMPLETED(every=2)).attach(trainer)
+        >>> list(trainer.run(data).metrics)
+        ['val/accuracy']
+    """
+
+    def __init__(self, evaluator: Engine, data: Any, *, every: Any = Events.EPOCH_COMPLETED, prefix: str = "val") -> None:
+        if not isinstance(evaluator, Engine):
+            raise TypeError(f"evaluator must be an Ignite engine, got {type(evaluator).__name__}")
+        if not hasattr(data, "__iter__"):
+            raise TypeError(f"data must be batches that can be passed over, got {type(data).__name__}")
+        if not isinstance(prefix, str) or not prefix:
+            raise TypeError(f"prefix must be a name such as 'val', got {prefix!r}")
+        self.every = split(every)
+        self.evaluator, self.data, self.prefix = evaluator, data, prefix
+        self.provides = f"{prefix}/"
+        self.has_run = False
+        self.evaluated_at: int | None = None
+
+    def default_name(self) -> str:
+        """The class's name and the prefix."""
+        return f"Evaluation/{self.prefix}"
+
+    def listeners(self) -> Iterator[Listener]:
+        """The events asked for, before whatever judges the results."""
+        yield from super().listeners()
+        for event in self.every:
+            yield Listener(event, self.evaluate, Place.EVALUATE)
+
+    @on(Events.STARTED)
+    def start(self, engine: Any) -> None:
+        """A new run has its own last evaluation."""
+        self.evaluated_at = None
+
+    def evaluate(self, engine: Any) -> None:
+        """Runs the evaluator and hands its metrics on."""
+        modules = [phase.module for phase in getattr(engine, "phases", {}).values()]
+        with kept_training_flags(*modules), kept_rng():
+            self.evaluator.run(self.data)
+        self.has_run = True
+        self.evaluated_at = self._clock(engine)
+        for name, value in self.evaluator.state.metrics.items():
+            engine.state.metrics[f"{self.prefix}/{name}"] = value
+
+    @on(Events.COMPLETED, place=Place.EVALUATE)
+    def finish(self, engine: Any) -> None:
+        """Evaluates the final weights where that hasn't been done; nothing is judged by it, for the run is over."""
+        if self.evaluated_at != self._clock(engine) and engine.state.iteration > 0:
+            self.evaluate(engine)
+
+    @staticmethod
+    def _clock(engine: Any) -> int:
+        return int(getattr(engine.state, "optimizer_step", engine.state.iteration))

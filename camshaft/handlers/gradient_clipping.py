@@ -1,0 +1,92 @@
+"""Gradient clipping by norm, by value or by a function, and the norm for everyone to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from camshaft.events import Handler, Place, StepEvents, on
+
+__all__ = ["GradientClipping"]
+
+
+class GradientClipping(Handler):
+    """Clips the true gradient (unscaled, normalised) of every window, and measures its total norm.
+
+    ``state.grad_norm`` is the norm before clipping, a tensor on the device that nobody waits for. Without a bound it is only
+    measured. The norm is that of Pascanu et al. 2013 (https://arxiv.org/abs/1211.5063), by ``torch.nn.utils``.
+
+    Args:
+        max_norm: the largest total norm over all parameters.
+        norm_type: the norm's order: 2, 1, ``float("inf")`` or any other positive number.
+        clip_value: the largest absolute value of an entry; applied after ``max_norm`` where both are given.
+        function: clips in a way of its own: called with the list of parameters whose ``.grad`` it may change in place.
+        phase: the phase that it is for; all of them by default.
+
+    Raises:
+        ValueError: where a bound isn't positive, or ``function`` comes with a bound.
+        TypeError: where ``function`` isn't callable.
+
+    Example:
+        >>> from camshaft import create_trainer
+        >>> model = nn.Linear(8, 1)
+        >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.functional.mse_loss)
+        >>> clipping = GradientClipping(max_norm=1.0).attach(trainer)
+    """
+
+    changes = ("gradients",)
+
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        *,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        function: Callable[[list[nn.Parameter]], Any] | None = None,
+        phase: str | None = None,
+    ) -> None:
+        for name, bound in (("clip_grad_norm (max_norm)", max_norm), ("clip_grad_value (clip_value)", clip_value)):
+            if bound is not None and not _is_positive(bound):
+                raise ValueError(f"{name} must be a positive number, got {bound!r}")
+        if not _is_positive(norm_type):
+            raise ValueError(f"norm_type must be a positive number or infinity, got {norm_type!r}")
+        if function is not None and not callable(function):
+            raise TypeError(f"function must be callable, got {function!r}")
+        if function is not None and (max_norm is not None or clip_value is not None):
+            raise ValueError("function clips in its own way: it can't be combined with max_norm or clip_value")
+        self.max_norm, self.norm_type, self.clip_value = max_norm, float(norm_type), clip_value
+        self.function, self.phase = function, phase
+
+    def on_attach(self, engine: Any) -> None:
+        """Checks the phase's name."""
+        engine.phases_named(self.phase)
+
+    @on(StepEvents.GRADIENTS_READY, place=Place.CLIP)
+    def clip(self, engine: Any) -> None:
+        """Measures, then clips."""
+        state = engine.state
+        if self.phase is not None and state.phase != self.phase:
+            return
+        parameters = engine.phases[state.phase].parameters()
+        if self.max_norm is not None:
+            state.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        else:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            state.grad_norm = nn.utils.get_total_norm(gradients, self.norm_type)
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.function is not None:
+            self.function(parameters)
+
+    def describe(self) -> str:
+        """Its name and bounds."""
+        bounds = {"max_norm": self.max_norm, "clip_value": self.clip_value, "function": self.function, "phase": self.phase}
+        given = [f"{name}={getattr(bound, '__name__', bound)}" for name, bound in bounds.items() if bound is not None]
+        return f"{super().describe()}({', '.join(given)})"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

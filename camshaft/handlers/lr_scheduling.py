@@ -1,0 +1,114 @@
+"""Learning-rate schedules on the right clock: per optimizer step, per epoch, or on a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
+from camshaft.metrics import MetricWatch
+
+__all__ = ["LRScheduling"]
+
+
+class LRScheduling(Handler):
+    """Steps any scheduler of ``torch.optim.lr_scheduler`` after the weights have changed.
+
+    A step that the scaler or a guard refuses moves no schedule. The scheduler's state travels in every checkpoint.
+
+    Args:
+        scheduler: any torch scheduler, or an object with ``optimizer``, ``step()`` and ``state_dict()`` like one.
+        every: ``"step"`` (each completed optimizer step) or ``"epoch"``.
+        metric: a name in ``state.metrics``: the scheduler is stepped with its value whenever it has been evaluated anew
+            (``ReduceLROnPlateau``); ``every`` plays no part then.
+
+    Raises:
+        TypeError: where the scheduler isn't one.
+        ValueError: where ``every`` is unknown, a plateau scheduler has no metric, or the optimizer is another's.
+
+    Example:
+        >>> import torch
+        >>> from camshaft import create_trainer
+        >>> model = torch.nn.Linear(8, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> trainer = create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+        >>> plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        >>> schedule = LRScheduling(plateau, metric="val/loss").attach(trainer)
+    """
+
+    saved = ("scheduler",)
+
+    def __init__(self, scheduler: Any, *, every: str = "step", metric: str | None = None) -> None:
+        for attribute in ("step", "state_dict", "load_state_dict", "optimizer"):
+            if not hasattr(scheduler, attribute):
+                raise TypeError(
+                    f"scheduler must be a torch.optim.lr_scheduler, got {type(scheduler).__name__} without {attribute!r}"
+                )
+        if every not in ("step", "epoch"):
+            raise ValueError(f"schedule_every must be 'step' or 'epoch', got {every!r}")
+        if metric is None and is_plateau(scheduler):
+            raise ValueError(
+                f"{type(scheduler).__name__} follows a metric: attach LRScheduling(scheduler, metric='val/loss') instead of "
+                "passing it as scheduler="
+            )
+        self.scheduler, self.every = scheduler, every
+        self.watch = None if metric is None else MetricWatch(metric, "LRScheduling")
+        self.phase = ""
+
+    def on_attach(self, engine: Any) -> None:
+        """Finds the phase whose optimizer is scheduled."""
+        owners = [phase.name for phase in engine.phases.values() if self.scheduler.optimizer in phase.optimizers]
+        if not owners:
+            raise ValueError(
+                f"scheduler {type(self.scheduler).__name__} was made for another optimizer than the trainer's; "
+                "make it from the optimizer that you train with"
+            )
+        self.phase = owners[0]
+
+    def listeners(self) -> Iterator[Listener]:
+        """The event of the clock that was chosen."""
+        yield from super().listeners()
+        if self.watch is not None:
+            fresh = Events.ITERATION_COMPLETED(self._is_new) | Events.EPOCH_COMPLETED
+            yield Listener(fresh, self.step_on_metric, Place.SCHEDULE_BY_METRIC)
+        elif self.every == "epoch":
+            yield Listener(Events.EPOCH_COMPLETED, self.step, Place.SCHEDULE)
+        else:
+            yield Listener(StepEvents.OPTIMIZER_STEP_COMPLETED, self.step_in_phase, Place.SCHEDULE)
+
+    @on(Events.STARTED)
+    def start(self, engine: Any) -> None:
+        """Forgets an earlier run's metric."""
+        if self.watch is not None:
+            self.watch.start(engine)
+
+    def step_in_phase(self, engine: Any) -> None:
+        """Steps the scheduler after a step of its own network."""
+        if engine.state.phase == self.phase:
+            self.scheduler.step()
+
+    def step(self) -> None:
+        """Steps the scheduler after an epoch."""
+        self.scheduler.step()
+
+    def step_on_metric(self, engine: Any) -> None:
+        """Steps the scheduler with a metric that has been evaluated anew."""
+        assert self.watch is not None
+        if self.watch.is_new(engine):
+            self.scheduler.step(self.watch.take(engine))
+        else:
+            self.watch.check_exists(engine)
+
+    def _is_new(self, engine: Any, _: int) -> bool:
+        return self.watch is not None and self.watch.is_new(engine)
+
+    def describe(self) -> str:
+        """Its name and the scheduler's kind."""
+        return f"{super().describe()}({type(self.scheduler).__name__})"
+
+
+def is_plateau(scheduler: Any) -> bool:
+    """Whether the scheduler's ``step`` can't do without a metric."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    return isinstance(scheduler, ReduceLROnPlateau)

@@ -1,0 +1,76 @@
+"""A guard that lets nothing non-finite reach the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from camshaft.events import Handler, Place, StepEvents, on
+
+__all__ = ["NonFiniteGuard"]
+
+ACTIONS = ("raise", "skip", "stop")
+
+
+class NonFiniteGuard(Handler):
+    """Looks at the losses and the gradient of every window before the weights change.
+
+    Under float16 an overflow of the scaled gradient is the scaler's business; the guard then looks at the losses alone. Its
+    question is answered together with the scaler's, in one transfer per optimizer step.
+
+    Args:
+        action: what to do: ``"raise"`` a ``FloatingPointError`` that names the iteration and what isn't finite, ``"skip"``
+            the step, or ``"stop"`` the run without making it.
+
+    Raises:
+        ValueError: where ``action`` is none of these.
+
+    Example:
+        >>> guard = NonFiniteGuard("skip")
+    """
+
+    def __init__(self, action: str = "raise") -> None:
+        if action not in ACTIONS:
+            raise ValueError(f"action must be one of {', '.join(map(repr, ACTIONS))}, got {action!r}")
+        self.action = action
+        self._losses: list[tuple[int, torch.Tensor]] = []
+
+    @on(StepEvents.BACKWARD_COMPLETED, place=Place.GUARD)
+    def note_loss(self, engine: Any) -> None:
+        """Keeps the window's losses, on the device."""
+        state = engine.state
+        if engine.phases[state.phase].window.batches == 1:
+            self._losses.clear()
+        self._losses.append((state.iteration, state.loss))
+
+    @on(StepEvents.GRADIENTS_READY, place=Place.GUARD)
+    def check(self, engine: Any) -> None:
+        """Asks that the step be refused where anything isn't finite."""
+        phase = engine.phases[engine.state.phase]
+        watched = [loss for _, loss in self._losses]
+        if phase.scaler is None:
+            watched += [p.grad for p in phase.parameters() if p.grad is not None]
+        sums = [tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None) for tensor in watched]
+        device = sums[0].device
+        finite = torch.stack([total.to(device, torch.float64) for total in sums]).isfinite().all()
+        engine.refuse_step(~finite, lambda: self._refuse(engine))
+
+    def _refuse(self, engine: Any) -> None:
+        if self.action == "skip":
+            return
+        message = self._explain(engine)
+        if self.action == "raise":
+            raise FloatingPointError(message)
+        engine.terminate(reason=message)
+
+    def _explain(self, engine: Any) -> str:
+        state = engine.state
+        where = f"at optimizer step {state.optimizer_step} of phase {state.phase!r}"
+        for iteration, loss in self._losses:
+            if not bool(loss.isfinite()):
+                return f"the loss of iteration {iteration} is {float(loss)}, {where}; the weights are as before it"
+        named = engine.phases[state.phase].module.named_parameters()
+        bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        return f"the gradient of {names or 'a parameter'} is not finite in iteration {state.iteration}, {where}"

@@ -1,0 +1,87 @@
+"""A progress bar that costs no synchronisation per iteration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from camshaft.events import Events, Handler, Place, on
+
+__all__ = ["Progress"]
+
+
+class Progress(Handler):
+    """A tqdm bar over each epoch with the loss and the rate; it reads the loss only when it redraws.
+
+    Args:
+        every_seconds: the shortest time between two redraws.
+        metrics: whether the bar that an epoch leaves behind shows ``state.metrics``.
+        tqdm_options: handed on to ``tqdm``, such as ``file`` or ``disable``.
+
+    Raises:
+        ModuleNotFoundError: where tqdm isn't installed.
+
+    Example:
+        >>> progress = Progress(every_seconds=0.5, disable=True)
+    """
+
+    def __init__(self, *, every_seconds: float = 0.1, metrics: bool = True, **tqdm_options: Any) -> None:
+        try:
+            from tqdm.auto import tqdm
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("the progress bar needs tqdm: pip install 'camshaft[progress]'") from None
+        if not every_seconds >= 0:
+            raise ValueError(f"every_seconds must be a number of at least 0, got {every_seconds!r}")
+        self._tqdm, self.every_seconds, self.metrics = tqdm, every_seconds, metrics
+        self.options = {"mininterval": 0.0, "leave": True, "dynamic_ncols": True} | tqdm_options
+        self.bar: Any = None
+        self._next = 0.0
+
+    @on(Events.ITERATION_STARTED)
+    def open(self, engine: Any) -> None:
+        """Begins a bar with the epoch's first iteration, also where a resumed epoch begins in its middle."""
+        if self.bar is None:
+            state = engine.state
+            done = getattr(engine, "epoch_iteration", 1) - 1
+            of = "" if state.max_epochs is None else f"/{state.max_epochs}"
+            description = f"epoch {state.epoch}{of}"
+            self.bar = self._tqdm(total=state.epoch_length, initial=done, desc=description, **self.options)
+            self._count = done
+
+    @on(Events.ITERATION_COMPLETED, place=Place.LOG)
+    def advance(self, engine: Any) -> None:
+        """Counts, and redraws where it is time."""
+        self._count += 1
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self.every_seconds
+            self._draw(engine.state)
+
+    @on(Events.EPOCH_COMPLETED | Events.TERMINATE | Events.COMPLETED | Events.EXCEPTION_RAISED, place=Place.LOG)
+    def close(self, engine: Any, *_: Any) -> None:
+        """Draws the epoch's last state, with the metrics, and begins anew."""
+        if self.bar is not None:
+            self._draw(engine.state, with_metrics=self.metrics)
+            self.bar.close()
+            self.bar = None
+
+    def _draw(self, state: Any, with_metrics: bool = False) -> None:
+        shown = shown_values(state.output)
+        if with_metrics:
+            shown |= shown_values(state.metrics)
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(self._count - self.bar.n)
+
+
+def shown_values(values: Any) -> dict[str, str]:
+    """Whatever is a single number in an output or in metrics, as text."""
+    named = values if isinstance(values, Mapping) else {"loss": values}
+    numbers = {
+        name: float(value)
+        for name, value in named.items()
+        if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    }
+    return {name: f"{number:.4g}" for name, number in numbers.items()}

@@ -1,0 +1,232 @@
+"""Training curves, metrics, images and hyper-parameters for TensorBoard, against the optimizer step."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from camshaft.batches import length
+from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
+
+__all__ = ["TensorBoard"]
+
+FOLD = 256
+"""So many losses are kept one by one before they are summed up on the device."""
+
+
+class TensorBoard(Handler):
+    """Writes what people look at while a model trains. Every curve has the optimizer step as its axis.
+
+    Scalars: ``train/loss`` (the mean since the last point), ``train/lr`` (the one that the step used; several groups as
+    ``train/lr/<group>``), ``train/grad_norm`` where it is measured (the last), ``train/samples_per_second``, the entries of a
+    mapping from ``compute_loss`` or a GAN as ``train/<name>``, and ``state.metrics`` under their names. What is shown is
+    gathered on the device and fetched in one transfer. A resumed run goes on in the same folder.
+
+    Args:
+        log_dir: the folder of this run.
+        every: how many optimizer steps lie between two points.
+        hparams: hyper-parameters, written together with the final metrics for the HParams tab.
+        images: called as ``images(engine)`` whenever metrics are written; returns ``{tag: tensor}`` of shape (3, H, W) or
+            (1, H, W) with values in 0 to 1, or a batch (N, C, H, W).
+        histograms: writes histograms of weights and gradients with the metrics.
+
+    Raises:
+        ValueError: where ``every`` is no positive integer.
+        TypeError: where ``images`` can't be called or ``hparams`` is no mapping of plain values.
+
+    Example:
+        >>> import tempfile
+        >>> from camshaft import create_trainer
+        >>> model = torch.nn.Linear(8, 1)
+        >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.functional.mse_loss)
+        >>> board = TensorBoard(tempfile.mkdtemp(), every=1, hparams={"lr": 0.1}).attach(trainer)
+        >>> _ = trainer.run([(torch.zeros(2, 8), torch.zeros(2, 1))] * 2)
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        *,
+        every: int = 10,
+        hparams: Mapping[str, Any] | None = None,
+        images: Callable[[Any], Mapping[str, torch.Tensor]] | None = None,
+        histograms: bool = False,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a positive integer (optimizer steps), got {every!r}")
+        if images is not None and not callable(images):
+            raise TypeError(f"images must be a function of the engine, got {images!r}")
+        for name, value in (hparams or {}).items():
+            if not isinstance(value, (bool, int, float, str)):
+                raise TypeError(f"hparams[{name!r}] must be a number, text or bool, got {type(value).__name__}")
+        self.log_dir, self.every, self.images, self.histograms = os.fspath(log_dir), every, images, histograms
+        self.hparams = dict(hparams or {})
+        self.writer: Any = None
+        self._losses: list[torch.Tensor] = []
+        self._batches = self._samples = 0
+        self._since = self._seconds = 0.0
+        self._version = 0
+
+    def listeners(self) -> Iterator[Listener]:
+        """Gathers at each batch, writes every so many steps and whenever there are new metrics."""
+        yield from super().listeners()
+        at = StepEvents.OPTIMIZER_STEP_COMPLETED(every=self.every)
+        yield Listener(at, self.write_scalars, Place.HISTORY)  # before a schedule moves the rate
+        fresh = Events.ITERATION_COMPLETED(self._has_new_metrics) | Events.EPOCH_COMPLETED | Events.COMPLETED
+        yield Listener(fresh, self.write_metrics, Place.LOG)
+
+    @on(Events.STARTED, place=Place.LOG)
+    def open(self, engine: Any) -> None:
+        """Opens the run's event file; a resumed run hides what came after the step that it goes on from."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close()
+        state = engine.state
+        resumed = state.iteration > 0
+        self.writer = SummaryWriter(self.log_dir, purge_step=state.optimizer_step + 1 if resumed else None)
+        self._main = list(engine.phases)[-1]
+        self._version = state.metrics.version
+        self._restart()
+        self.writer.add_text("cycle", "```\n" + engine.explain() + "\n```", state.optimizer_step)
+
+    @on(Events.EPOCH_STARTED)
+    def start_clock(self, engine: Any) -> None:
+        """The rate counts the time of training alone."""
+        self._since = time.perf_counter()
+
+    @on(Events.EPOCH_COMPLETED, place=Place.HISTORY)
+    def stop_clock(self, engine: Any) -> None:
+        """Evaluation doesn't count."""
+        self._seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    @on(StepEvents.BACKWARD_COMPLETED, place=Place.LOG)
+    def gather(self, engine: Any) -> None:
+        """Keeps this batch's loss on the device."""
+        state = engine.state
+        if state.phase == self._main:
+            self._losses.append(state.loss)
+            self._batches += 1
+            if len(self._losses) >= FOLD:
+                self._losses = [torch.stack(self._losses).sum()]
+        if state.phase == engine.lead.name:
+            self._samples += length(state.batch) or 0
+
+    def write_scalars(self, engine: Any) -> None:
+        """Writes one point of each training curve."""
+        state = engine.state
+        if state.phase != self._main:
+            return
+        values: dict[str, Any] = {f"train/{name}": value for name, value in state.losses.items()}
+        if len(engine.phases) == 1:
+            values["train/loss"] = torch.stack(self._losses).sum() / self._batches
+        if state.grad_norm is not None:
+            values["train/grad_norm"] = state.grad_norm
+        for name in engine.phases:
+            values |= {f"train/{key}": rate for key, rate in engine.learning_rates(name)}
+        values = fetched(values)  # here the host waits for the device, and so the rate below is a true one
+        self._seconds += time.perf_counter() - self._since
+        if self._samples and self._seconds > 0:
+            values["train/samples_per_second"] = self._samples / self._seconds
+        self._write(values, state.optimizer_step)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._losses = []
+        self._batches = self._samples = 0
+        self._since, self._seconds = time.perf_counter(), 0.0
+
+    def _write(self, values: Mapping[str, float], step: int) -> None:
+        """One event with all values: a tenth of the cost of one call each."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self.writer.file_writer.add_summary(Summary(value=entries), step)
+
+    def _has_new_metrics(self, engine: Any, _: int) -> bool:
+        return bool(engine.state.metrics.version != self._version)
+
+    def write_metrics(self, engine: Any) -> None:
+        """Writes new metrics, and with them images and histograms."""
+        state = engine.state
+        if self.writer is None or not self._has_new_metrics(engine, 0):
+            return
+        self._version = state.metrics.version
+        self._write(fetched(dict(flat(state.metrics))), state.optimizer_step)
+        if self.images is not None:
+            for tag, image in self.images(engine).items():
+                add = self.writer.add_images if image.dim() == 4 else self.writer.add_image
+                add(tag, image, state.optimizer_step)
+        if self.histograms:
+            self._write_histograms(engine)
+
+    def _write_histograms(self, engine: Any) -> None:
+        step = engine.state.optimizer_step
+        for phase in engine.phases.values():
+            prefix = f"{phase.name}/" if len(engine.phases) > 1 else ""
+            for name, parameter in phase.module.named_parameters():
+                self.writer.add_histogram(f"{prefix}weights/{name}", parameter, step)
+                if parameter.grad is not None and bool(parameter.grad.isfinite().all()):
+                    self.writer.add_histogram(f"{prefix}gradients/{name}", parameter.grad, step)
+
+    @on(Events.COMPLETED, place=Place.LOG + 1)
+    def finish(self, engine: Any) -> None:
+        """Writes the hyper-parameters beside the final metrics, and closes the file."""
+        if self.writer is None:
+            return
+        if self.hparams:
+            from torch.utils.tensorboard.summary import hparams
+
+            metrics = fetched(dict(flat(engine.state.metrics)))
+            for summary in hparams(self.hparams, metrics):  # type: ignore[no-untyped-call]
+                self.writer.file_writer.add_summary(summary)
+        self.close()
+
+    @on(Events.EXCEPTION_RAISED | Events.TERMINATE | Events.INTERRUPT)
+    def flush(self, engine: Any, *_: Any) -> None:
+        """Whatever ends the run, what has been written is on the disk."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def on_detach(self, engine: Any) -> None:
+        """Closes the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the event file, if one is open."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+def flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Metrics that are numbers, and the entries of those that are vectors or mappings of numbers."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from flat({f"{name}/{key}": item for key, item in value.items()})
+        elif isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() > 1:
+            yield from ((f"{name}/{number}", item) for number, item in enumerate(value))
+        elif isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+            yield name, value
+        elif hasattr(value, "item") and getattr(value, "size", 0) == 1:  # a NumPy scalar
+            yield name, float(value)
+        else:
+            warnings.warn(f"TensorBoard: the metric {name!r} is a {type(value).__name__}, which is no number", stacklevel=2)
+
+
+def fetched(values: Mapping[str, Any]) -> dict[str, float]:
+    """The values as floats; those on a device come in one transfer."""
+    names = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+    numbers = {name: float(value) for name, value in values.items() if not isinstance(value, torch.Tensor)}
+    if names:
+        device = values[names[0]].device
+        stacked = torch.stack([values[name].detach().to(device, torch.float32).reshape(()) for name in names])
+        numbers |= dict(zip(names, stacked.tolist(), strict=True))
+    return {name: numbers[name] for name in values}
+
+

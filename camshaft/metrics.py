@@ -1,0 +1,129 @@
+"""Metrics that know when they were written, so that each result is judged once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["MetricWatch", "Metrics", "as_number", "better", "check_mode"]
+
+
+class Metrics(dict[str, Any]):
+    """``engine.state.metrics``: a dict that counts how often each entry has been written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.writes: Counter[str] = Counter()
+        self.version = 0
+        self.update(*args, **kwargs)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.writes[key] += 1
+        self.version += 1
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Writes each entry, and counts it."""
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """Writes and counts the entry where it isn't there yet."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def recall(self, values: Mapping[str, Any]) -> None:
+        """Sets entries that were judged before (a checkpoint's), without counting them as new."""
+        super().update(values)
+
+
+def as_number(value: Any, what: str) -> float:
+    """A metric's value as a float.
+
+    Raises:
+        TypeError: where it isn't a single number.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be a single number, got {type(value).__name__}: {value!r}") from None
+
+
+def check_mode(mode: str) -> None:
+    """Checks a ``mode`` argument.
+
+    Raises:
+        ValueError: where it is neither ``"min"`` nor ``"max"``.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+
+
+def better(score: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
+    """Whether ``score`` improves on ``best`` by more than ``min_delta``; a non-finite score never does."""
+    if not math.isfinite(score):
+        return False
+    if best is None:
+        return True
+    return score > best + min_delta if mode == "max" else score < best - min_delta
+
+
+class MetricWatch:
+    """Waits for new values of one entry of ``engine.state.metrics``.
+
+    Args:
+        metric: the entry's name, such as ``"val/accuracy"``.
+        owner: who asks, for error messages.
+
+    Raises:
+        TypeError: where ``metric`` isn't a name.
+    """
+
+    def __init__(self, metric: str, owner: str) -> None:
+        if not isinstance(metric, str) or not metric:
+            raise TypeError(f"metric must be a name such as 'val/accuracy', got {metric!r}")
+        self.metric, self.owner, self.seen = metric, owner, 0
+
+    def attach(self, engine: Any) -> None:
+        """Has an engine of Ignite's own count its metrics too."""
+        if not isinstance(engine.state.metrics, Metrics):
+            engine.state.metrics = Metrics(engine.state.metrics)
+
+    def is_new(self, engine: Any) -> bool:
+        """Whether the entry has been written since :meth:`take`."""
+        return bool(engine.state.metrics.writes[self.metric] != self.seen)
+
+    def take(self, engine: Any) -> float:
+        """The entry's value as a number; it is new no longer."""
+        metrics = engine.state.metrics
+        self.seen = metrics.writes[self.metric]
+        return as_number(metrics[self.metric], f"{self.owner}: the metric {self.metric!r}")
+
+    def start(self, engine: Any) -> None:
+        """Forgets what was written in an earlier run."""
+        self.seen = engine.state.metrics.writes[self.metric]
+
+    def check_exists(self, engine: Any) -> None:
+        """Raises where nobody has written the entry and nobody is going to.
+
+        Raises:
+            ValueError: names the entries that there are.
+        """
+        metrics = engine.state.metrics
+        if self.metric in metrics:
+            return
+        writers = [h for h in engine.handlers.values() if self.metric.startswith(getattr(h, "provides", "\0"))]
+        if any(not writer.has_run for writer in writers):
+            return  # an evaluation that sleeps for some epochs may yet write it
+        known = ", ".join(map(repr, metrics)) or "none"
+        raise ValueError(
+            f"{self.owner}: no metric named {self.metric!r} by the end of epoch {engine.state.epoch}; "
+            f"engine.state.metrics has {known}. Attach an Evaluation that computes it, or correct the name"
+        )
