@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
@@ -48,8 +48,9 @@ class Filtered:
 class Heard:
     """Which events somebody listens to; one attribute for each, so that asking costs no more than a look-up."""
 
-    def __getattr__(self, event: str) -> bool:
-        return False
+    if TYPE_CHECKING:  # the attributes are set as events are registered; a real method here would be called at each look-up
+
+        def __getattr__(self, event: str) -> bool: ...
 
 
 class LoopEngine(Engine):
@@ -70,6 +71,12 @@ class LoopEngine(Engine):
         super().__init__(process_function)
 
     # -- handlers -----------------------------------------------------------------------------------------------------
+
+    def register_events(self, *event_names: Any, **kwargs: Any) -> None:
+        """Adds events that can be fired, as Ignite does; nobody listens to them yet."""
+        super().register_events(*event_names, **kwargs)
+        for event in event_names:
+            self._note(event)
 
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
@@ -129,7 +136,7 @@ class LoopEngine(Engine):
     def _note(self, event: Any) -> None:
         """Notes whether anybody listens to an event, and has its handlers compiled anew when it fires."""
         self._listeners.pop(getattr(event, "_name_", event), None)
-        setattr(self.heard, getattr(event, "_value_", event), bool(self._event_handlers[event]))
+        setattr(self.heard, getattr(event, "_value_", event), bool(self._event_handlers.get(event)))
 
     def _compile(self, event_name: Any) -> tuple[Any, ...]:
         """An event's handlers as tuples of (function, arguments, keywords, every, filter)."""
@@ -182,8 +189,8 @@ class LoopEngine(Engine):
             return super().run(*args, **kwargs)
         except BaseException:
             generator = self._internal_run_generator
-            if generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_CLOSED:  # it has ended; Ignite would wait for it for ever
-                self._internal_run_generator = None
+            if generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_CLOSED:
+                self._internal_run_generator = None  # it has ended; Ignite would wait for it for ever
             raise
 
     def _data_stopped(self) -> None:
