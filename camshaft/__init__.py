@@ -12,10 +12,16 @@ Example:
 """
 
 from camshaft.engines import (
+    DRAGAN,
+    R1,
+    R2,
+    GradientPenalty,
     Phase,
     Trainer,
     create_evaluator,
+    create_gan_trainer,
     create_trainer,
+    gradient_penalty,
     load_weights,
     save_weights,
     seed_everything,
@@ -44,6 +50,7 @@ from camshaft.modules import ParameterCount, count_parameters, freeze, unfreeze
 __version__ = "0.1.0"
 
 __all__ = [
+    "DRAGAN",
     "CheckpointRotation",
     "EarlyStopping",
     "EmptyCache",
@@ -53,6 +60,7 @@ __all__ = [
     "FreezeParameters",
     "GradientAccumulation",
     "GradientClipping",
+    "GradientPenalty",
     "Handler",
     "LRHistory",
     "LRScheduling",
@@ -62,14 +70,18 @@ __all__ = [
     "Phase",
     "Place",
     "Progress",
+    "R1",
+    "R2",
     "StepEvents",
     "StopOnSignal",
     "TensorBoard",
     "Trainer",
     "count_parameters",
     "create_evaluator",
+    "create_gan_trainer",
     "create_trainer",
     "freeze",
+    "gradient_penalty",
     "load_weights",
     "on",
     "save_weights",

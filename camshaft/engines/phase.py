@@ -223,7 +223,7 @@ class Phase:
     def run_window(self, engine: Trainer, batch: Any) -> bool:
         """A whole window at once, for a phase that isn't led by the data: each pass gets the same ``batch``."""
         completed = False
-        with self._frozen_modules():
+        with self.frozen_modules():
             for _ in range(self.window.steps):
                 completed = self.run(engine, batch)
         return completed
@@ -311,7 +311,7 @@ class Phase:
             part.training = False
 
     @contextmanager
-    def _frozen_modules(self) -> Iterator[None]:
+    def frozen_modules(self) -> Iterator[None]:
         """No gradient is made for the parameters of ``frozen``; they are as they were afterwards."""
         held = [p for module in self.frozen for p in module.parameters() if p.requires_grad]
         for parameter in held:

@@ -16,7 +16,7 @@ from camshaft.engines.data import DataPlace, length_of
 from camshaft.engines.explain import explain
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
-from camshaft.events import STEP_CLOCKS, Handler, StepEvents
+from camshaft.events import STEP_CLOCKS, Handler, StepEvents, pack
 from camshaft.metrics import Metrics
 from camshaft.randomness import restore_rng, rng_state
 from camshaft.rates import group_rates
@@ -122,7 +122,12 @@ class Trainer(LoopEngine):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def _step(self, engine: Engine, batch: Any) -> Any:
-        completed = self.lead.run(self, batch)
+        lead = self.lead
+        if lead.frozen:
+            with lead.frozen_modules():
+                completed = lead.run(self, batch)
+        else:
+            completed = lead.run(self, batch)
         if self._followers:
             self._batch = batch
             self._follow(completed)
@@ -274,6 +279,7 @@ class Trainer(LoopEngine):
             phase.remember_modes()
             if self._restored is None and state.iteration == 0:
                 phase.optimizer_step = phase.skipped_steps = phase.forward_passes = 0
+                state.losses.clear()
         self._steps_before = self._steps_tried()
         main = list(self.phases.values())[-1]
         state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
@@ -345,6 +351,8 @@ class Trainer(LoopEngine):
             "phases": {name: phase.state_dict() for name, phase in self.phases.items()},
             "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
             "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},
+            "losses": {name: value for name, value in state.losses.items() if isinstance(value, (int, float, torch.Tensor))},
+            "batch": self._batch_to_follow(),
             "rng": rng_state(),
             "data": self._place.state_dict(state.iteration, self._pass_is_spent()),
         }
@@ -375,9 +383,20 @@ class Trainer(LoopEngine):
         main = list(self.phases.values())[-1]
         state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
         state.metrics.recall(content["metrics"])
+        state.losses = dict(content["losses"])
+        self._batch, state.x, state.y = content["batch"], None, None
         self.should_terminate = self.should_terminate_single_epoch = False
         self._internal_run_generator = self._dataloader_iter = self._init_iter = None
         self._restored = content
+
+    def _batch_to_follow(self) -> Any:
+        """The last batch, where data of unknown length may end here and the open window's followers will ask for it."""
+        if not self._followers or not self.lead.window_is_open or self.state.epoch_length is not None:
+            return None
+        try:
+            return pack(self._batch, "the batch")
+        except TypeError:
+            return None
 
     def _restore_handlers(self, saved: Mapping[str, Any]) -> None:
         for name, handler in self.handlers.items():

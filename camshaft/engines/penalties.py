@@ -1,0 +1,343 @@
+"""Penalties on a critic's gradient with respect to its input, and the traps that they lay."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from camshaft.batches import describe, map_tensors
+from camshaft.engines.checks import check_count, name_of
+
+__all__ = ["DRAGAN", "R1", "R2", "GradientPenalty", "Penalty", "gradient_penalty", "warn_of_batch_norm"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def gradient_penalty(
+    critic: Any,
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    *args: Any,
+    weight: float = 10.0,
+    center: float = 1.0,
+    one_sided: bool = False,
+    alpha: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient penalty of WGAN-GP: ``weight * mean((norm - center)**2)`` at points between real and fake samples.
+
+    The points are ``alpha * real + (1 - alpha) * fake`` with an ``alpha`` for each sample, and the norm is each sample's
+    own, over all its dimensions (Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028). It is computed in float32
+    outside autocast (in float64 where the samples are), is finite at zero norm, and sends gradients to the critic's
+    parameters only.
+
+    Args:
+        critic: called as ``critic(points, *args)``, gives one number per sample.
+        real: real samples, of any rank with the batch first, in any memory format.
+        fake: generated samples of the same shape.
+        args: whatever else the critic takes, such as the labels of a conditional one.
+        weight: the factor before the mean.
+        center: the norm that is wanted.
+        one_sided: only norms above ``center`` count.
+        alpha: the share of the real sample in each point, of shape ``(batch,)``; drawn uniformly from 0 to 1 by default.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: where the samples aren't floating-point tensors or the critic can't be called.
+        ValueError: where shapes don't match, or the critic doesn't give one number per sample.
+        RuntimeError: under ``no_grad``, where the penalty could train nothing.
+
+    Example:
+        >>> critic = nn.Linear(3, 1)
+        >>> real, fake = torch.ones(4, 3), torch.zeros(4, 3)
+        >>> gradient_penalty(critic, real, fake).backward()
+        >>> critic.weight.grad.shape
+        torch.Size([1, 3])
+    """
+    gradients = input_gradients(critic, between(real, fake, alpha), args)
+    return weight * distance(gradients, center, one_sided)
+
+
+class Penalty:
+    """A penalty on the gradient of the critic's scores with respect to its input: at some points, by some measure.
+
+    A subclass gives both. The penalty is called as ``penalty(critic, real, fake, *args)``, where ``args`` go on to the
+    critic, and gives the weighted scalar. What holds of :func:`gradient_penalty` (float32 outside autocast, any rank,
+    detached inputs, finite at zero norm) holds of each.
+
+    Args:
+        weight: the factor before the mean.
+        every: applies it on every so many discriminator steps only, with the weight multiplied by as many ("lazy
+            regularisation", Karras et al. 2020, https://arxiv.org/abs/1912.04958). The GAN engine counts the steps; a call
+            is always made with the multiplied weight.
+
+    Raises:
+        ValueError: where a number is out of range.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("weight", "every")
+
+    def __init__(self, weight: float = 10.0, *, every: int = 1) -> None:
+        check_number(weight, "weight", type(self).__name__)
+        check_count(every, f"every of {type(self).__name__}")
+        self.weight, self.every = float(weight), every
+
+    def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """Where the gradient is taken; of the samples' shape."""
+        raise NotImplementedError
+
+    def measure(self, gradients: torch.Tensor) -> torch.Tensor:
+        """The unweighted penalty, a scalar, of gradients of shape (batch, elements of a sample)."""
+        raise NotImplementedError
+
+    def __call__(self, critic: Any, real: torch.Tensor, fake: torch.Tensor, *args: Any) -> torch.Tensor:
+        """The weighted penalty, a scalar."""
+        gradients = input_gradients(critic, self.points(real, fake), args)
+        return self.weight * self.every * self.measure(gradients)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
+
+
+class GradientPenalty(Penalty):
+    """The penalty of WGAN-GP; see :func:`gradient_penalty`.
+
+    Args:
+        weight: the factor before the mean.
+        center: the norm that is wanted; 0 gives the zero-centred penalty.
+        one_sided: only norms above ``center`` count.
+        every: applies it on every so many discriminator steps, with the weight multiplied by as many.
+
+    Raises:
+        ValueError: where a number is out of range.
+
+    Example:
+        >>> GradientPenalty(weight=5.0, every=4)
+        GradientPenalty(weight=5.0, center=1.0, one_sided=False, every=4)
+    """
+
+    settings = ("weight", "center", "one_sided", "every")
+
+    def __init__(self, weight: float = 10.0, center: float = 1.0, one_sided: bool = False, every: int = 1) -> None:
+        super().__init__(weight, every=every)
+        check_number(center, "center", type(self).__name__)
+        self.center, self.one_sided = float(center), bool(one_sided)
+
+    def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """On the line from each generated sample to the real one."""
+        return between(real, fake)
+
+    def measure(self, gradients: torch.Tensor) -> torch.Tensor:
+        """The mean squared distance of the norms from ``center``."""
+        return distance(gradients, self.center, self.one_sided)
+
+
+class DRAGAN(Penalty):
+    """The gradient's norm is drawn to 1 around the real data (Kodali et al. 2017, https://arxiv.org/abs/1705.07215).
+
+    Args:
+        weight: the factor before the mean.
+        std: the standard deviation of the Gaussian noise that is added to the real samples.
+        center: the norm that is wanted.
+        every: applies it on every so many discriminator steps, with the weight multiplied by as many.
+
+    Raises:
+        ValueError: where a number is out of range.
+
+    Example:
+        >>> penalty = DRAGAN(std=0.1)
+        >>> penalty(nn.Linear(3, 1), torch.ones(4, 3), torch.zeros(4, 3)).shape
+        torch.Size([])
+    """
+
+    settings = ("weight", "std", "center", "every")
+
+    def __init__(self, weight: float = 10.0, std: float = 0.5, *, center: float = 1.0, every: int = 1) -> None:
+        super().__init__(weight, every=every)
+        check_number(std, "std", type(self).__name__)
+        check_number(center, "center", type(self).__name__)
+        self.std, self.center = float(std), float(center)
+
+    def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """Around the real samples."""
+        real = exact(real, "real")
+        return real + self.std * torch.randn_like(real)
+
+    def measure(self, gradients: torch.Tensor) -> torch.Tensor:
+        """The mean squared distance of the norms from ``center``."""
+        return distance(gradients, self.center)
+
+
+class R1(Penalty):
+    """``weight / 2`` times the mean squared norm of the gradient on real samples (Mescheder et al. 2018,
+    https://arxiv.org/abs/1801.04406).
+
+    Args:
+        weight: twice the factor before the mean: the paper's gamma.
+        every: applies it on every so many discriminator steps, with the weight multiplied by as many.
+
+    Raises:
+        ValueError: where a number is out of range.
+
+    Example:
+        >>> R1(every=16)
+        R1(weight=10.0, every=16)
+    """
+
+    def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """The real samples."""
+        return exact(real, "real")
+
+    def measure(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Half of the mean squared norm."""
+        return gradients.square().sum(1).mean() / 2
+
+
+class R2(R1):
+    """The same as :class:`R1`, on generated samples.
+
+    Args:
+        weight: twice the factor before the mean.
+        every: applies it on every so many discriminator steps, with the weight multiplied by as many.
+
+    Raises:
+        ValueError: where a number is out of range.
+
+    Example:
+        >>> R2(weight=1.0)
+        R2(weight=1.0, every=1)
+    """
+
+    def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """The generated samples."""
+        return exact(fake, "fake")
+
+
+def exact(samples: Any, name: str) -> torch.Tensor:
+    """The samples cut off from their graph, in float32 or, where they are so already, in float64.
+
+    Raises:
+        TypeError: where they are no floating-point tensor.
+        ValueError: where there is no sample.
+    """
+    if not isinstance(samples, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor of samples, got {describe(samples)}")
+    if not samples.is_floating_point():
+        raise TypeError(f"{name} must be floating-point to have a gradient, got {samples.dtype}; convert it with .float()")
+    if samples.dim() == 0 or samples.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one sample, batch first, got {describe(samples)}")
+    return cut(samples)
+
+
+def between(real: torch.Tensor, fake: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
+    """A point on the line from each fake sample to its real one.
+
+    Raises:
+        ValueError: where shapes don't match.
+    """
+    real, fake = exact(real, "real"), exact(fake, "fake")
+    if real.shape != fake.shape:
+        raise ValueError(f"real and fake must have the same shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
+    if alpha is None:
+        alpha = torch.rand(real.shape[0], dtype=torch.promote_types(real.dtype, fake.dtype), device=real.device)
+    elif not isinstance(alpha, torch.Tensor) or alpha.shape != real.shape[:1]:
+        raise ValueError(f"alpha must be a tensor of shape ({real.shape[0]},), one number per sample, got {describe(alpha)}")
+    else:
+        alpha = alpha.detach().to(real)
+    alpha = alpha.reshape(-1, *[1] * (real.dim() - 1))
+    return alpha * real + (1 - alpha) * fake
+
+
+def distance(gradients: torch.Tensor, center: float, one_sided: bool = False) -> torch.Tensor:
+    """The mean squared distance of each sample's gradient norm from ``center``."""
+    excess: torch.Tensor = torch.linalg.vector_norm(gradients, dim=1) - center  # its gradient at zero is zero; that of a root is NaN
+    return (excess.clamp_min(0) if one_sided else excess).square().mean()
+
+
+def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = ()) -> torch.Tensor:
+    """The gradient of each sample's score with respect to the sample, differentiable, of shape (batch, elements).
+
+    Raises:
+        TypeError: where the critic can't be called or gives no tensor.
+        ValueError: where it doesn't give one number per sample, or they don't depend on the input.
+        RuntimeError: under ``no_grad``.
+    """
+    if not callable(critic):
+        raise TypeError(f"critic must be callable, got {critic!r}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a gradient penalty was called under no_grad() or inference_mode(): it needs a graph to train the critic"
+        )
+    warn_of_batch_norm(critic)
+    if type(critic).__name__ == "OptimizedModule":
+        critic = critic._orig_mod  # torch.compile's backward can't be differentiated again
+    points = (points.clone() if points.is_inference() else points.detach()).requires_grad_()
+    if args:
+        args = map_tensors(cut, args)
+    device = points.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        scores = critic(points, *args)
+        if not one_each(scores, points.shape[0]):
+            raise bad_scores(scores, points.shape[0], f"the critic {name_of(critic)}")
+        found = (
+            torch.autograd.grad(scores.sum(), points, create_graph=True, allow_unused=True) if scores.requires_grad else None
+        )
+    if found is None or found[0] is None:
+        raise ValueError(f"the scores of the critic {name_of(critic)} don't depend on its input, or were detached from it")
+    gradients: torch.Tensor = found[0].reshape(points.shape[0], -1)
+    return gradients
+
+
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its graph, and in float32 where autocast has made it shorter."""
+    return tensor.detach().float() if tensor.dtype in HALF else tensor.detach()
+
+
+def one_each(scores: Any, samples: int) -> bool:
+    """Whether there is one number per sample."""
+    if not isinstance(scores, torch.Tensor) or scores.numel() != samples:
+        return False
+    return scores.dim() == 0 or scores.shape[0] == samples
+
+
+def bad_scores(scores: Any, samples: int, source: str, where: str = "") -> Exception:
+    """What to say of scores that aren't one number per sample."""
+    if not isinstance(scores, torch.Tensor):
+        return TypeError(f"{source} must give a tensor of scores, got {describe(scores)}{where}")
+    return ValueError(
+        f"{source} must give one number per sample, {samples} in all, got {describe(scores)}{where}; average each sample's "
+        "numbers first, for example scores.flatten(1).mean(1)"
+    )
+
+
+_looked_at: WeakSet[nn.Module] = WeakSet()
+
+
+def warn_of_batch_norm(critic: Any) -> None:
+    """Warns, once for each critic, where BatchNorm makes a per-sample gradient meaningless."""
+    if not isinstance(critic, nn.Module) or critic in _looked_at:
+        return
+    _looked_at.add(critic)
+    names = [name or "itself" for name, part in critic.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    if names:
+        warnings.warn(
+            f"the critic {type(critic).__name__} has BatchNorm ({', '.join(names[:5])}) and is trained with a gradient penalty: "
+            "BatchNorm makes each score depend on the whole batch, so no sample has a gradient of its own, and its running "
+            "statistics move with the penalty's points; use LayerNorm, InstanceNorm or GroupNorm there",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_number(value: Any, argument: str, owner: str) -> None:
+    """Raises ``ValueError`` unless ``value`` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{argument} of {owner} must be a finite number of at least 0, got {value!r}")
