@@ -201,7 +201,7 @@ def filter_terms(event: CallableEventWithFilter) -> dict[str, Any]:
         terms["phase"], test = event.phase, event.inner
     if test is None:
         return terms
-    if test.__qualname__.startswith("CallableEventWithFilter."):  # one of Ignite's own: its terms are in its closure
+    if getattr(test, "__qualname__", "").startswith("CallableEventWithFilter."):  # Ignite's own, terms in its closure
         found = inspect.getclosurevars(test).nonlocals
         found = {name.rstrip("_"): value for name, value in found.items()}
         unset = {"after": 0, "before": float("inf")}
