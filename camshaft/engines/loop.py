@@ -191,6 +191,7 @@ class LoopEngine(Engine):
             generator = self._internal_run_generator
             if generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_CLOSED:
                 self._internal_run_generator = None  # it has ended; Ignite would wait for it for ever
+                self._init_iter = 0  # as after terminate(): the next epoch begins with its first batch
             raise
 
     def _data_stopped(self) -> None:

@@ -229,6 +229,8 @@ class Trainer(LoopEngine):
             if self._is_finished(data, max_epochs, max_iters):
                 return self.state
             max_epochs = max_iters = None
+        else:
+            self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
         self._asked_to_stop = False
         resumed = self._restored is not None
         super().run(data, max_epochs, max_iters, epoch_length)
@@ -283,8 +285,6 @@ class Trainer(LoopEngine):
         self._steps_before = self._steps_tried()
         main = list(self.phases.values())[-1]
         state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
-        if self._restored is None:
-            state.epoch_is_open = False
 
     def _begin_epoch(self) -> None:
         """First of all at ``EPOCH_STARTED``: what an earlier run left in the middle of a window is thrown away."""
