@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, EventEnum, Events, EventsList
 
@@ -412,10 +414,13 @@ def pack(value: Any, where: str) -> Any:
     """
     if value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, complex, str, bytes):
         return value
-    if type(value) in (list, tuple):
-        return type(value)(pack(item, f"{where}[{i}]") for i, item in enumerate(value))
-    if type(value) is dict:
-        return {pack(key, f"{where}'s keys"): pack(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, np.generic):
+        return pack(value.item(), where)
+    if type(value) in (list, tuple, set, torch.Size):
+        kind = tuple if isinstance(value, torch.Size) else type(value)
+        return kind(pack(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(value) in (dict, OrderedDict, Counter):
+        return type(value)({pack(key, f"{where}'s keys"): pack(item, f"{where}[{key!r}]") for key, item in value.items()})
     if hasattr(value, "state_dict"):
         return pack(dict(value.state_dict()), where)
     raise TypeError(

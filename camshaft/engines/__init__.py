@@ -4,7 +4,7 @@ from camshaft.engines.evaluator import create_evaluator
 from camshaft.engines.gan import create_gan_trainer
 from camshaft.engines.penalties import DRAGAN, R1, R2, GradientPenalty, gradient_penalty
 from camshaft.engines.phase import Phase
-from camshaft.engines.seeding import seed_everything, worker_init_fn
+from camshaft.engines.seeding import SeededDataset, seed_everything, worker_init_fn
 from camshaft.engines.supervised import create_trainer
 from camshaft.engines.trainer import Trainer
 from camshaft.engines.weights import load_weights, save_weights
@@ -15,6 +15,7 @@ __all__ = [
     "Phase",
     "R1",
     "R2",
+    "SeededDataset",
     "Trainer",
     "create_evaluator",
     "create_gan_trainer",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from camshaft.engines.seeding import SeededDataset
 from camshaft.events import pack
 from camshaft.randomness import kept_rng, restore_rng, rng_state
 
@@ -32,10 +33,18 @@ class DataPlace:
         self._began = 0
         self._data: Any = None
 
-    def begin(self, data: Iterable[Any] | None, iteration: int) -> None:
-        """Notes that a new pass over ``data`` is about to begin, at this iteration."""
+    def begin(self, data: Iterable[Any] | None, iteration: int, epoch: int) -> None:
+        """Notes that a new pass over ``data`` is about to begin, at this iteration and in this epoch."""
         self._data, self._began = data, iteration
-        self._start = {"rng": rng_state(), "own": _own_states(data), "epochs": _sampler_epochs(data)}
+        for part in _parts(data):
+            if isinstance(part, SeededDataset):
+                part.set_epoch(epoch)
+        self._start = {
+            "rng": rng_state(),
+            "own": _own_states(data),
+            "epochs": _sampler_epochs(data),
+            "warm": _keeps_workers(data) and data._iterator is not None,  # type: ignore[union-attr]
+        }
 
     def taken(self, iteration: int) -> int:
         """The number of batches that the present pass has given by this iteration."""
@@ -48,11 +57,12 @@ class DataPlace:
             iteration: the iteration after which it is written.
             spent: whether the present pass has given all that it has.
         """
-        state: dict[str, Any] = {"length": length_of(self._data), "spent": spent or self._start is None}
+        spent = self._start is None or (spent and not _is_skippable(self._data))
+        state: dict[str, Any] = {"length": length_of(self._data), "spent": spent}
         if not state["spent"]:
             state |= {"start": self._start, "taken": self.taken(iteration)}
         state["own"] = _own_states(self._data)
-        if _keeps_its_place(self._data):
+        if _keeps_place(self._data):
             state["loader"] = pack(dict(self._data.state_dict()), "the data loader's state_dict()")
         return state
 
@@ -65,15 +75,18 @@ class DataPlace:
             iteration: the iteration after which it was written.
         """
         if state["spent"]:
+            _restore_own(data, state["own"])
             return iter(())  # the loop begins the next pass by itself
         self._data, self._start, self._began = data, dict(state["start"]), iteration - state["taken"]
         if data is None:
             raise RuntimeError("the checkpoint was written in the middle of data; call run() with the same data")
-        if _keeps_its_place(data) and "loader" in state:
+        if _keeps_place(data) and "loader" in state:
             data.load_state_dict(state["loader"])  # type: ignore[attr-defined]
             with kept_rng():
                 iterator: Iterator[Any] = iter(data)
             return iterator
+        if state["start"]["warm"] and _keeps_workers(data):
+            _start_workers(data)  # type: ignore[arg-type]
         with kept_rng():
             restore_rng(state["start"]["rng"])
             _restore_own(data, state["start"]["own"])
@@ -91,14 +104,22 @@ def length_of(data: Any) -> int | None:
         return None
 
 
-def _keeps_its_place(data: Any) -> bool:
+def _is_skippable(data: Any) -> bool:
+    """Whether batches can be passed over without loading them.
+
+    Even one that is spent is entered again, at its end: some samplers draw once more when they are asked in vain.
+    """
+    return isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
+
+
+def _keeps_place(data: Any) -> bool:
     """Whether it is a loader that can say by itself where it stands (torchdata's ``StatefulDataLoader``)."""
     return hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
 
 
 def _advanced(data: Any, taken: int) -> Iterator[Any]:
     """A new pass over ``data``, ``taken`` batches in."""
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+    if _is_skippable(data):
         return _skip_at_the_sampler(data, taken)
     if taken and not isinstance(data, (list, tuple)):
         logger.warning(
@@ -147,15 +168,47 @@ class _SkippingIterator:
 
 def _skip_at_the_sampler(loader: DataLoader[Any], taken: int) -> Iterator[Any]:
     """A pass over a copy of the loader whose sampler has been advanced; nothing that is skipped is loaded."""
-    entered = copy.copy(loader)
-    attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    skipping = _Skipping(getattr(loader, attribute), taken)
-    entered.__dict__[attribute] = skipping  # the loader itself forbids to set it, and is left as it is
-    entered.__dict__["_iterator"] = None  # persistent workers belong to the loader
-    iterator = iter(entered)
+    skipping = _Skipping(loader._index_sampler, taken)
+    workers = loader._iterator if _keeps_workers(loader) else None
+    if workers is None:
+        iterator: Any = iter(_with_sampler(loader, skipping))
+    else:  # they run already, and begin a new pass
+        workers._index_sampler = skipping
+        iterator = iter(loader)
     for draws in skipping.passes:
         draws.advance()  # at once: without workers the sampler would draw its order only at the first batch
-    return iterator
+    if _keeps_workers(loader):
+        _hand_over(iterator, loader)
+    entered: Iterator[Any] = iterator
+    return entered
+
+
+def _with_sampler(loader: DataLoader[Any], sampler: Any) -> DataLoader[Any]:
+    """A copy of a loader with another sampler of indices; the loader is left as it is."""
+    twin = copy.copy(loader)
+    attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    twin.__dict__ |= {attribute: sampler, "_iterator": None}  # a loader forbids to set it
+    return twin
+
+
+def _keeps_workers(data: Any) -> bool:
+    """Whether it is a loader whose workers live from one pass to the next; they draw no new seed then."""
+    return isinstance(data, DataLoader) and data.persistent_workers and data.num_workers > 0
+
+
+def _start_workers(loader: DataLoader[Any]) -> None:
+    """Has a loader's persistent workers run, as they did when the checkpoint was written, before any batch is asked for."""
+    if loader._iterator is None:
+        with kept_rng():
+            own = _own_states(loader)
+            _hand_over(iter(_with_sampler(loader, [])), loader)
+            _restore_own(loader, own)
+
+
+def _hand_over(iterator: Any, loader: DataLoader[Any]) -> None:
+    """Makes an iterator with its workers the loader's own, for the passes to come."""
+    iterator._index_sampler = loader._index_sampler
+    loader._iterator = iterator
 
 
 # -- random generators and epochs that belong to a loader -------------------------------------------------------------

@@ -251,7 +251,7 @@ class Trainer(LoopEngine):
             skip_completed: leaves out ``COMPLETED``.
             reason: what ``state.stop_reason`` says.
         """
-        super().terminate(skip_completed)
+        super().terminate(skip_completed is True)  # as a handler itself it is given the engine
         self._asked_to_stop = True
         if self.state.stop_reason is None:
             where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
@@ -310,7 +310,8 @@ class Trainer(LoopEngine):
                 self._init_iter = restored["clocks"]["epoch_iteration"] if self.state.epoch_is_open else 0
                 self._dataloader_iter = self._place.resume(data, restored["data"], self.state.iteration)
                 return
-        self._place.begin(data, self.state.iteration)
+            self._place.resume(data, restored["data"], self.state.iteration)
+        self._place.begin(data, self.state.iteration, self.state.epoch)
         super()._setup_dataloader_iter()
 
     def _run_once_on_dataset_as_gen(self) -> Generator[State, None, float]:
@@ -333,10 +334,13 @@ class Trainer(LoopEngine):
         """Everything that a resumed run needs, as tensors and plain values.
 
         Returns:
-            A dict that ``torch.load(weights_only=True)`` can read back; :meth:`restore` takes it.
+            A dict that ``torch.load(weights_only=True)`` can read back; :meth:`restore` takes it. Its tensors are the live ones.
+
+        Raises:
+            TypeError: names whatever a checkpoint can't carry.
         """
         state = self.state
-        return {
+        content = {
             "format": FORMAT,
             "clocks": {
                 "iteration": state.iteration,
@@ -356,6 +360,8 @@ class Trainer(LoopEngine):
             "rng": rng_state(),
             "data": self._place.state_dict(state.iteration, self._pass_is_spent()),
         }
+        packed: dict[str, Any] = pack(content, "the checkpoint")
+        return packed
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Sets everything back to where :meth:`checkpoint` was called; the next :meth:`run` goes on from there.
