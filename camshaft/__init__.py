@@ -45,6 +45,7 @@ from camshaft.handlers import (
     Progress,
     StopOnSignal,
     TensorBoard,
+    TimeLimit,
 )
 from camshaft.modules import ParameterCount, count_parameters, freeze, unfreeze
 
@@ -77,6 +78,7 @@ __all__ = [
     "StepEvents",
     "StopOnSignal",
     "TensorBoard",
+    "TimeLimit",
     "Trainer",
     "count_parameters",
     "create_evaluator",

@@ -16,6 +16,7 @@ from camshaft.handlers.non_finite_guard import NonFiniteGuard
 from camshaft.handlers.progress import Progress
 from camshaft.handlers.stop_on_signal import StopOnSignal
 from camshaft.handlers.tensorboard import TensorBoard
+from camshaft.handlers.time_limit import TimeLimit
 
 __all__ = [
     "CheckpointRotation",
@@ -34,5 +35,6 @@ __all__ = [
     "Progress",
     "StopOnSignal",
     "TensorBoard",
+    "TimeLimit",
     "on",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,18 +12,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from camshaft.batches import tensors
 from camshaft.events import Events, Handler, Listener, Place, on, split
-from camshaft.files import BadFile, clear_litter, load_checked, save_durably
+from camshaft.files import BadFile, clear_litter, load_checked
 from camshaft.metrics import MetricWatch, as_number, check_mode
 from camshaft.rotation import Entry, Index, best_first, file_name, kept
+from camshaft.writer import CheckpointWriter
 
 __all__ = ["CheckpointRotation"]
 
 logger = logging.getLogger("camshaft")
-
-FAILURES = 3
-"""After this many failed saves in a row the error is raised."""
 
 
 class CheckpointRotation(Handler):
@@ -42,6 +38,8 @@ class CheckpointRotation(Handler):
         mode: ``"max"`` where more is better, ``"min"`` where less is.
         every: the event, or events, that ask for a checkpoint.
         every_minutes: asks for one whenever so many minutes have gone since the last, too.
+        background: has a thread write while training goes on; the tensors are copied first, one save is under way at most, and
+            the last is waited for at the end of the run.
 
     Raises:
         ValueError: where a value isn't allowed; in the run, where the metric never appears.
@@ -67,6 +65,8 @@ class CheckpointRotation(Handler):
         mode: str = "max",
         every: Any = Events.EPOCH_COMPLETED,
         every_minutes: float | None = None,
+        *,
+        background: bool = False,
     ) -> None:
         check_mode(mode)
         for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
@@ -80,19 +80,33 @@ class CheckpointRotation(Handler):
         self.keep_last, self.keep_best, self.mode = keep_last, keep_best, mode
         self.every, self.every_minutes = split(every), every_minutes
         self.watch = None if metric is None else MetricWatch(metric, "CheckpointRotation")
-        self._index: Index | None = None
+        self.background = background
+        self._writer: CheckpointWriter | None = None
         self._requested = False
         self._score: tuple[int, float] | None = None
         self._saved_at: tuple[int, bool] | None = None
         self._saved_when = time.monotonic()
-        self._failures = 0
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        """What writes into the folder."""
+        if self._writer is None:
+            self._writer = CheckpointWriter(Index(self.folder), self._kept, self.background)
+        return self._writer
 
     @property
     def index(self) -> Index:
-        """What the folder holds."""
-        if self._index is None:
-            self._index = Index(self.folder)
-        return self._index
+        """What the folder holds; a save in the background is waited for."""
+        self.writer.wait()
+        return self.writer.index
+
+    def _kept(self, entries: list[Entry]) -> list[Entry]:
+        return kept(entries, self.keep_last, self.keep_best, self.mode)
+
+    @property
+    def longest_save(self) -> float:
+        """How many seconds the longest save so far has taken."""
+        return self.writer.longest
 
     @property
     def last(self) -> Path | None:
@@ -117,7 +131,9 @@ class CheckpointRotation(Handler):
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise type(error)(error.errno, f"dirname: checkpoints can't be written there ({error.strerror})", str(self.folder)) from error
+            raise type(error)(
+                error.errno, f"dirname: checkpoints can't be written there ({error.strerror})", str(self.folder)
+            ) from error
         clear_litter(self.folder)
 
     def listeners(self) -> Iterator[Listener]:
@@ -147,6 +163,7 @@ class CheckpointRotation(Handler):
 
     def settle(self, engine: Any) -> None:
         """Saves what has been asked for, unless a window is open."""
+        self.writer.settle()
         self._look_at_score(engine)
         if self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60:
             self._requested = True
@@ -165,6 +182,7 @@ class CheckpointRotation(Handler):
         self._look_at_score(engine)
         if self._requested or self._saved_at != self._now(engine):
             self._save()
+        self.writer.wait()
 
     def _look_at_score(self, engine: Any) -> None:
         """Notes a new score, and asks for a checkpoint where it is among the best."""
@@ -176,7 +194,9 @@ class CheckpointRotation(Handler):
         self._score = engine.state.optimizer_step, score
         ranked = best_first(self.index.entries, self.mode)[: self.keep_best]
         among = len(ranked) < self.keep_best or any(
-            (score > entry.score) if self.mode == "max" else (score < entry.score) for entry in ranked if entry.score is not None
+            (score > entry.score) if self.mode == "max" else (score < entry.score)
+            for entry in ranked
+            if entry.score is not None
         )
         self._requested = self._requested or among
 
@@ -212,47 +232,17 @@ class CheckpointRotation(Handler):
         metrics = {name: _finite(value) for name, value in state.metrics.items()}
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         entry = Entry(file_name(step), step, state.iteration, state.epoch, score, metrics, when)
-        path = self.folder / entry.file
         content = engine.checkpoint()
-        content["rotation"] = {"identity": self.index.identity, "entry": vars(entry)}
-        try:
-            if not self.index.path.exists():
-                self.index.write()
-            save_durably(content, path)
-            self.index.add(entry)
-            self._rotate()
-        except OSError as error:
-            self._failed(path, content, error)
-            return None
-        self._failures = 0
-        self._saved_at, self._saved_when = self._now(engine), time.monotonic()
+        content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
+        path = self.writer.write(content, entry)
+        if path is not None:
+            self._saved_at, self._saved_when = self._now(engine), time.monotonic()
         return path
 
-    def _rotate(self) -> None:
-        """Writes the index, and only then deletes."""
-        before = self.index.entries
-        self.index.entries = kept(before, self.keep_last, self.keep_best, self.mode)
-        self.index.write()
-        names = {entry.file for entry in self.index.entries}
-        for entry in before:
-            if entry.file not in names:
-                (self.folder / entry.file).unlink(missing_ok=True)
-
-    def _failed(self, path: Path, content: Any, error: OSError) -> None:
-        """One clear warning for a save that failed; the third in a row is raised."""
-        self._failures += 1
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors(content))
-        try:
-            free = f"{shutil.disk_usage(self.folder).free:,} bytes are free"
-        except OSError:
-            free = "the folder can't be looked at"
-        message = (
-            f"the checkpoint {path} could not be written ({error.strerror or error}): it takes about {needed:,} bytes, {free}. "
-            f"The earlier checkpoints are untouched"
-        )
-        if self._failures >= FAILURES:
-            raise OSError(error.errno, f"{message}; {FAILURES} saves in a row have failed", str(path)) from error
-        warnings.warn(f"{message}; training goes on", RuntimeWarning, stacklevel=3)
+    @on(Events.EXCEPTION_RAISED)
+    def give_up(self, engine: Any, error: BaseException) -> None:
+        """An exception writes nothing, but lets a save in the background end."""
+        self.writer.wait()
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -308,5 +298,3 @@ def _finite(value: Any) -> float | None:
     except TypeError:
         return None
     return number if math.isfinite(number) else None
-
-

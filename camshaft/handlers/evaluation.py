@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from ignite.engine import Engine
@@ -25,6 +26,7 @@ class Evaluation(Handler):
         data: what it runs over.
         every: the event, or events, at which it runs.
         prefix: what its metrics' names begin with.
+        ema: an ``ExponentialMovingAverage``, whose averaged weights are swapped in while the evaluator runs.
 
     Raises:
         TypeError: where ``evaluator`` is no engine, ``every`` no event, or ``data`` can't be passed over.
@@ -42,14 +44,24 @@ class Evaluation(Handler):
         ['val/accuracy']
     """
 
-    def __init__(self, evaluator: Engine, data: Any, *, every: Any = Events.EPOCH_COMPLETED, prefix: str = "val") -> None:
+    def __init__(
+        self,
+        evaluator: Engine,
+        data: Any,
+        *,
+        every: Any = Events.EPOCH_COMPLETED,
+        prefix: str = "val",
+        ema: Any = None,
+    ) -> None:
         if not isinstance(evaluator, Engine):
             raise TypeError(f"evaluator must be an Ignite engine, got {type(evaluator).__name__}")
         if not hasattr(data, "__iter__"):
             raise TypeError(f"data must be batches that can be passed over, got {type(data).__name__}")
         if not isinstance(prefix, str) or not prefix:
             raise TypeError(f"prefix must be a name such as 'val', got {prefix!r}")
-        self.every = split(every)
+        if ema is not None and not hasattr(ema, "swapped_in"):
+            raise TypeError(f"ema must be an ExponentialMovingAverage, got {type(ema).__name__}")
+        self.every, self.ema = split(every), ema
         self.evaluator, self.data, self.prefix = evaluator, data, prefix
         self.provides = f"{prefix}/"
         self.has_run = False
@@ -73,7 +85,8 @@ class Evaluation(Handler):
     def evaluate(self, engine: Any) -> None:
         """Runs the evaluator and hands its metrics on."""
         modules = [phase.module for phase in getattr(engine, "phases", {}).values()]
-        with kept_training_flags(*modules), kept_rng():
+        averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
+        with kept_training_flags(*modules), kept_rng(), averaged:
             self.evaluator.run(self.data)
         self.has_run = True
         self.evaluated_at = self._clock(engine)

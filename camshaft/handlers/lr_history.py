@@ -147,5 +147,3 @@ def draw(history: Mapping[str, Sequence[tuple[int, float]]], path: str | Path | 
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
-
-

@@ -228,5 +228,3 @@ def fetched(values: Mapping[str, Any]) -> dict[str, float]:
         stacked = torch.stack([values[name].detach().to(device, torch.float32).reshape(()) for name in names])
         numbers |= dict(zip(names, stacked.tolist(), strict=True))
     return {name: numbers[name] for name in values}
-
-
