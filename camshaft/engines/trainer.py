@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events, State
 from torch.utils.data import DataLoader
 
 from camshaft.engines.data import DataPlace, length_of
+from camshaft.engines.epoch_metrics import metric_states, restore_metrics
 from camshaft.engines.explain import explain
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
@@ -297,6 +298,7 @@ class Trainer(LoopEngine):
         """Last of all at ``STARTED``: a resumed run has its random state again, and an epoch begun isn't begun twice."""
         if self._restored is None:
             return
+        restore_metrics(self, self._restored["epoch_metrics"], self.state.epoch_is_open)
         restore_rng(self._restored["rng"])
         if self.state.epoch_is_open:
             self._listeners["EPOCH_STARTED"] = ()  # until the data is set up, which follows at once
@@ -357,6 +359,7 @@ class Trainer(LoopEngine):
             "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},
             "losses": {name: value for name, value in state.losses.items() if isinstance(value, (int, float, torch.Tensor))},
             "batch": self._batch_to_follow(),
+            "epoch_metrics": metric_states(self),
             "rng": rng_state(),
             "data": self._place.state_dict(state.iteration, self._pass_is_spent()),
         }
