@@ -119,6 +119,8 @@ class Trainer(LoopEngine):
         self.add_event_handler_at(-1000, Events.STARTED, self._begin_run)
         self.add_event_handler_at(1000, Events.STARTED, self._begin_data)
         self.add_event_handler_at(-1000, Events.EPOCH_STARTED, self._begin_epoch)
+        self.add_event_handler_at(1000, Events.EPOCH_STARTED, self._remember_modes)
+        self.add_event_handler_at(-1000, Events.EPOCH_COMPLETED, self._remember_modes)  # before a user's model.eval()
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -290,9 +292,13 @@ class Trainer(LoopEngine):
     def _begin_epoch(self) -> None:
         """First of all at ``EPOCH_STARTED``: what an earlier run left in the middle of a window is thrown away."""
         for phase in self.phases.values():
-            phase.remember_modes()
             if phase.window_is_open:
                 phase.abandon_window()
+
+    def _remember_modes(self) -> None:
+        """Last of all at ``EPOCH_STARTED``: what a user has put in eval mode there stays there."""
+        for phase in self.phases.values():
+            phase.remember_modes()
 
     def _begin_data(self) -> None:
         """Last of all at ``STARTED``: a resumed run has its random state again, and an epoch begun isn't begun twice."""
