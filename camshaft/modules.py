@@ -15,6 +15,7 @@ __all__ = [
     "ParameterCount",
     "count_parameters",
     "device_of",
+    "fitted",
     "freeze",
     "kept_training_flags",
     "unfreeze",
@@ -53,6 +54,11 @@ def without_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
             break
         state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
+
+
+def fitted(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under a model's own names: without the wrappers' prefixes where they are not part of these."""
+    return dict(state) if set(state) == set(own) else without_prefixes(state)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ from camshaft.engines.checks import (
 )
 from camshaft.engines.window import Window
 from camshaft.events import StepEvents
-from camshaft.modules import unwrap, without_prefixes
+from camshaft.modules import unwrap
 
 if TYPE_CHECKING:
     from camshaft.engines.trainer import Trainer
@@ -327,7 +327,7 @@ class Phase:
     def state_dict(self) -> dict[str, Any]:
         """Everything of this phase that a checkpoint holds; an open window brings its gradients."""
         state: dict[str, Any] = {
-            "module": without_prefixes(self.module.state_dict()),
+            "module": dict(unwrap(self.module).state_dict()),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "optimizer_step": self.optimizer_step,
             "skipped_steps": self.skipped_steps,
@@ -348,7 +348,7 @@ class Phase:
         Raises:
             ValueError: names the keys or groups that differ.
         """
-        check_same_keys(state["module"], without_prefixes(self.module.state_dict()), f"the model of phase {self.name!r}")
+        check_same_keys(state["module"], unwrap(self.module).state_dict(), f"the model of phase {self.name!r}")
         saved = state["optimizers"]
         if len(saved) != len(self.optimizers):
             raise ValueError(f"the checkpoint has {len(saved)} optimizers, phase {self.name!r} has {len(self.optimizers)}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from camshaft.engines.checks import check_same_keys
 from camshaft.files import BadFile, load_checked, save_durably
-from camshaft.modules import unwrap, without_prefixes
+from camshaft.modules import fitted, unwrap
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -37,7 +37,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_durably(without_prefixes(unwrap(model).state_dict()), path)
+    save_durably(dict(unwrap(model).state_dict()), path)
     return path
 
 
@@ -63,6 +63,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         content = next(iter(content["phases"].values()))["module"]
     if not isinstance(content, dict):
         raise BadFile(f"{path} holds a {type(content).__name__}, not a state dict")
-    saved, inner = without_prefixes(content), unwrap(model)
+    inner = unwrap(model)
+    saved = fitted(content, inner.state_dict())
     check_same_keys(saved, inner.state_dict(), f"this {type(inner).__name__}")
     inner.load_state_dict(saved)

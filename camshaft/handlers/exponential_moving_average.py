@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from camshaft.events import Handler, Place, StepEvents, on
-from camshaft.modules import unwrap, without_prefixes
+from camshaft.modules import unwrap
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -95,7 +95,7 @@ class ExponentialMovingAverage(Handler):
         """The averaged weights and the number of updates."""
         if self.averaged is None:
             return {}
-        return {"module": without_prefixes(self.module.state_dict()), "updates": self.averaged.n_averaged}
+        return {"module": dict(self.module.state_dict()), "updates": self.averaged.n_averaged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's average."""
