@@ -1,0 +1,17 @@
+"""Loaders that keep their own place are asked for it."""
+
+from functools import partial
+
+import pytest
+from runs import Noisy, make_small
+
+from camshaft.testing import assert_resumes_exactly
+
+pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")
+stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata(workers):
+    data = partial(stateful.StatefulDataLoader, Noisy(36, noise=False), batch_size=4, shuffle=True, num_workers=workers)
+    assert_resumes_exactly(partial(make_small, data=data), stops=[5, 9, 10] if workers else [1, 5, 8, 9, 10, 17])
