@@ -34,8 +34,8 @@ def prepare_real(batch: Any, device: torch.device | str | None = None, non_block
     Raises:
         TypeError: where the batch is anything else.
     """
-    if isinstance(batch, torch.Tensor):
-        return to_device(batch, device, non_blocking), None
+    if isinstance(batch, torch.Tensor):  # the usual cases, on the hot path
+        return batch if device is None or batch.device == device else batch.to(device, non_blocking=non_blocking), None
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         raise TypeError(
             f"a batch must be a tensor x, [x] or (x, y), got {describe(batch)}; pass prepare_batch=, a function of "
@@ -199,8 +199,9 @@ class Players:
         """Puts the real batch on the device, as ``state.x`` and ``state.y``."""
         state = engine.state
         prepared = self.prepare_batch(batch, device=self.device, non_blocking=self.non_blocking)
-        state.x, state.y = prepared if isinstance(prepared, (tuple, list)) and len(prepared) == 2 else (prepared, None)
-        if not isinstance(state.x, torch.Tensor) or state.x.dim() == 0:
+        x, state.y = prepared if type(prepared) in (tuple, list) and len(prepared) == 2 else (prepared, None)
+        state.x = x
+        if not isinstance(x, torch.Tensor) or x.dim() == 0:
             raise TypeError(
                 f"prepare_batch ({name_of(self.prepare_batch)}) must give the real samples as a tensor x, or (x, y), got "
                 f"{describe(prepared)}{where(engine)}"
@@ -218,7 +219,8 @@ class Players:
     def samples(self, engine: Any) -> torch.Tensor:
         """As many generated samples as the batch has real ones."""
         state = engine.state
-        size = state.x.shape[0]
+        shape = state.x.shape
+        size = shape[0]
         latents = self.latent(size, self.device)
         if not isinstance(latents, torch.Tensor) or latents.dim() == 0 or latents.shape[0] != size:
             raise ValueError(
@@ -226,9 +228,9 @@ class Players:
                 f"{describe(latents)}{where(engine)}"
             )
         fake = self.generator(latents, state.y) if self.conditional else self.generator(latents)
-        if not isinstance(fake, torch.Tensor) or fake.shape != state.x.shape:
+        if not isinstance(fake, torch.Tensor) or fake.shape != shape:
             raise ValueError(
-                f"the generator {name_of(self.generator)} must give samples of the real data's shape {tuple(state.x.shape)}, "
+                f"the generator {name_of(self.generator)} must give samples of the real data's shape {tuple(shape)}, "
                 f"got {describe(fake)}{where(engine)}"
             )
         return fake
@@ -256,7 +258,7 @@ class Judging:
         self.players.receive(engine, batch)
         self.players.train()
 
-    def __call__(self, engine: Any, _: Any) -> dict[str, Any]:
+    def __call__(self, engine: Any, _: Any) -> torch.Tensor:
         state, players = engine.state, self.players
         with torch.no_grad():
             fake = players.samples(engine)
@@ -264,15 +266,19 @@ class Judging:
         loss = self.loss(players.scores(engine, state.x), players.scores(engine, fake))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise bad_loss(loss, f"the loss of the discriminator (from {self.described}){where(engine)}")
+        losses = state.losses  # noted here and not by the step, which would take three times as long over it
+        losses["discriminator_loss"] = loss.detach()
         penalty = self.penalty(engine, fake) if self.penalties else None
         if penalty is None:
-            return {"loss": loss, "discriminator_loss": loss, "penalty": self.no_penalty()}
-        return {"loss": loss + penalty, "discriminator_loss": loss, "penalty": penalty}
+            losses["penalty"] = self.no_penalty()
+            return loss
+        losses["penalty"] = penalty.detach()
+        return loss + penalty
 
     def penalty(self, engine: Any, fake: torch.Tensor) -> Any:
         """The sum of the penalties that are due in the discriminator's coming step; ``None`` where none is."""
         state, players, total = engine.state, self.players, None
-        step = engine.phases["discriminator"].optimizer_step + 1
+        step = engine.lead.optimizer_step + 1
         conditions = (state.y,) if players.conditional else ()
         for penalty, every in self.penalties:
             if step % every == 0:
@@ -299,10 +305,14 @@ class Forging:
             self.players.receive(engine, batch)
         self.players.train()
 
-    def __call__(self, engine: Any, _: Any) -> dict[str, Any]:
-        engine.state.y_pred = fake = self.players.samples(engine)
-        loss = self.loss(self.players.scores(engine, fake))
-        return {"loss": loss, "generator_loss": loss}
+    def __call__(self, engine: Any, _: Any) -> torch.Tensor:
+        state, players = engine.state, self.players
+        state.y_pred = fake = players.samples(engine)
+        loss = self.loss(players.scores(engine, fake))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise bad_loss(loss, f"the loss of the generator (from {self.described}){where(engine)}")
+        state.losses["generator_loss"] = loss.detach()
+        return loss
 
 
 def output(engine: Trainer) -> dict[str, Any]:

@@ -258,12 +258,18 @@ def between(real: torch.Tensor, fake: torch.Tensor, alpha: torch.Tensor | None =
 
 def distance(gradients: torch.Tensor, center: float, one_sided: bool = False) -> torch.Tensor:
     """The mean squared distance of each sample's gradient norm from ``center``."""
-    excess: torch.Tensor = torch.linalg.vector_norm(gradients, dim=1) - center  # its gradient at zero is zero; that of a root is NaN
+    norms: torch.Tensor = torch.linalg.vector_norm(gradients, dim=1)  # its gradient at zero is zero; that of a root is NaN
+    excess = norms - center
     return (excess.clamp_min(0) if one_sided else excess).square().mean()
 
 
 def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = ()) -> torch.Tensor:
     """The gradient of each sample's score with respect to the sample, differentiable, of shape (batch, elements).
+
+    Args:
+        critic: called as ``critic(points, *args)``.
+        points: where the gradient is taken, without a graph.
+        args: what else the critic takes.
 
     Raises:
         TypeError: where the critic can't be called or gives no tensor.
@@ -292,8 +298,8 @@ def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = (
         )
     if found is None or found[0] is None:
         raise ValueError(f"the scores of the critic {name_of(critic)} don't depend on its input, or were detached from it")
-    gradients: torch.Tensor = found[0].reshape(points.shape[0], -1)
-    return gradients
+    gradients: torch.Tensor = found[0]
+    return gradients if gradients.dim() == 2 else gradients.reshape(points.shape[0], -1)
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
@@ -329,7 +335,7 @@ def warn_of_batch_norm(critic: Any) -> None:
     names = [name or "itself" for name, part in critic.named_modules() if isinstance(part, _BatchNorm) and part.training]
     if names:
         warnings.warn(
-            f"the critic {type(critic).__name__} has BatchNorm ({', '.join(names[:5])}) and is trained with a gradient penalty: "
+            f"the critic {type(critic).__name__} has BatchNorm ({', '.join(names[:5])}) and a gradient penalty: "
             "BatchNorm makes each score depend on the whole batch, so no sample has a gradient of its own, and its running "
             "statistics move with the penalty's points; use LayerNorm, InstanceNorm or GroupNorm there",
             UserWarning,

@@ -347,7 +347,7 @@ class Trainer(LoopEngine):
         Raises:
             TypeError: names whatever a checkpoint can't carry.
         """
-        state = self.state
+        state, waiting = self.state, self._restored  # restored, and not run since: the data stands where it stood
         content = {
             "format": FORMAT,
             "clocks": {
@@ -366,8 +366,8 @@ class Trainer(LoopEngine):
             "losses": {name: value for name, value in state.losses.items() if isinstance(value, (int, float, torch.Tensor))},
             "batch": self._batch_to_follow(),
             "epoch_metrics": metric_states(self),
-            "rng": rng_state(),
-            "data": self._place.state_dict(state.iteration, self._pass_is_spent()),
+            "rng": rng_state() if waiting is None else waiting["rng"],
+            "data": self._place.state_dict(state.iteration, self._pass_is_spent()) if waiting is None else waiting["data"],
         }
         packed: dict[str, Any] = pack(content, "the checkpoint")
         return packed

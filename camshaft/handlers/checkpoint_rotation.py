@@ -146,8 +146,9 @@ class CheckpointRotation(Handler):
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run has saved nothing yet."""
-        self._requested, self._score, self._saved_at = False, None, None
+        """A new run has saved nothing yet, a resumed one has nothing new."""
+        resumed = engine.state.iteration > 0
+        self._requested, self._score, self._saved_at = False, None, self._now(engine) if resumed else None
         self._saved_when = time.monotonic()
         if self.watch is not None:
             self.watch.start(engine)

@@ -52,6 +52,8 @@ class EarlyStopping(Handler):
         self.watch.start(engine)
         if engine.state.iteration == 0:
             self.best, self.stale = None, 0
+        elif self.stale >= self.patience:  # resumed where it had ended
+            self._stop(engine)
 
     def on_attach(self, engine: Any) -> None:
         """Has the engine count its metrics."""
@@ -76,6 +78,9 @@ class EarlyStopping(Handler):
             return
         self.stale += 1
         if self.stale >= self.patience:
-            best = "none was finite" if self.best is None else f"the best is {self.best:.6g}"
-            reason = f"early stopping: {self.watch.metric} hasn't improved in {self.stale} evaluations ({best})"
-            stop(engine, reason)
+            self._stop(engine)
+
+    def _stop(self, engine: Any) -> None:
+        best = "none was finite" if self.best is None else f"the best is {self.best:.6g}"
+        reason = f"early stopping: {self.watch.metric} hasn't improved in {self.stale} evaluations ({best})"
+        stop(engine, reason)

@@ -241,3 +241,24 @@ def test_best_metrics_and_weights_of_the_best(tmp_path):
     rotation.resume("best")
     assert isinstance(rotation, CheckpointRotation)
     assert all(torch.equal(a, b) for a, b in zip(trainer.lead.parameters(), weights[2], strict=True))
+
+
+def test_a_run_that_stopped_early_is_over(tmp_path):
+    def make():
+        trainer, run = make_small(tmp_path, data=partial(DataLoader, Noisy(36), batch_size=4), run={"max_epochs": 9})
+        EarlyStopping("score", patience=2).attach(trainer)
+
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def score(engine):
+            engine.state.metrics["score"] = 1.0
+
+        return trainer, run
+
+    first, run = make()
+    run()
+    written = first.handlers["CheckpointRotation"].last.stat().st_mtime_ns
+    again, run = make()
+    again.handlers["CheckpointRotation"].resume()
+    run()
+    assert (again.state.epoch, again.state.stop_reason) == (3, first.state.stop_reason)
+    assert again.handlers["CheckpointRotation"].last.stat().st_mtime_ns == written
