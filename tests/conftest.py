@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-HARMLESS = ("TMonitor",)
+HARMLESS = ("tqdm_monitor",)
 """Threads that a library keeps for the whole process once it has been used."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)

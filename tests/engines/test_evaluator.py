@@ -1,0 +1,156 @@
+"""An evaluator sees what the model gives in eval mode, and disturbs nothing."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from ignite.metrics import Accuracy, Loss, MeanSquaredError
+from toys import batches, linear, sgd
+
+from camshaft import create_evaluator, create_trainer
+
+
+def deep_model():
+    """A model with dropout and two norms, one of them frozen by the user."""
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(), torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2)
+    )
+    model[1].eval()
+    return model
+
+
+def flags(model):
+    return [part.training for part in model.modules()]
+
+
+def draws():
+    """What each generator would give next, without moving it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn = random.random(), float(np.random.rand()), float(torch.rand(()))
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    return drawn
+
+
+def test_it_computes_what_a_loop_in_eval_mode_computes():
+    model = deep_model()
+    evaluator = create_evaluator(model, metrics={"mse": Loss(torch.nn.functional.mse_loss)})
+    metrics = evaluator.run(batches(3)).metrics
+    twin = deep_model().eval()
+    with torch.no_grad():
+        losses = [float(torch.nn.functional.mse_loss(twin(x), y)) for x, y in batches(3)]
+    assert metrics["mse"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+def test_every_flag_and_buffer_is_afterwards_as_before():
+    model = deep_model()
+    before, buffers = flags(model), [buffer.clone() for buffer in model.buffers()]
+    create_evaluator(model).run(batches(3))
+    assert flags(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+
+
+def test_inside_it_is_eval_and_inference_mode():
+    model, seen = deep_model(), []
+    evaluator = create_evaluator(model)
+    look = lambda e: seen.append((any(flags(model)), torch.is_inference_mode_enabled(), e.state.y_pred.is_inference()))  # noqa: E731
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, look)
+    evaluator.run(batches(2))
+    assert seen == [(False, True, True)] * 2
+
+
+def test_the_random_generators_are_afterwards_as_before():
+    evaluator = create_evaluator(deep_model())
+    evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: (random.random(), np.random.rand(), torch.rand(3)))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batches(1, 12)[0]), batch_size=4, shuffle=True)
+    before = draws()
+    evaluator.run(loader)
+    assert draws() == before
+
+
+def test_all_is_as_before_where_the_evaluation_raises():
+    model = deep_model()
+    evaluator, before, drawn = create_evaluator(model), flags(model), draws()
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def fail():
+        torch.rand(3)
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        evaluator.run(batches(2))
+    assert (flags(model), draws()) == (before, drawn)
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_it_can_be_run_again_after_it_raised():
+    evaluator = create_evaluator(linear(), metrics={"mse": MeanSquaredError()})
+    with pytest.raises(TypeError, match="a batch must be a pair"):
+        evaluator.run([torch.zeros(2, 3)])
+    assert evaluator.run(batches(2)).metrics["mse"] > 0
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(None, torch.float32), ("bf16", torch.bfloat16), (torch.float16, torch.float16)])
+def test_amp_is_the_precision_of_the_outputs(amp, dtype):
+    evaluator = create_evaluator(linear(), amp=amp)
+    evaluator.run(batches(1))
+    assert evaluator.state.y_pred.dtype == dtype
+
+
+def test_the_three_transforms_are_applied_in_turn():
+    evaluator = create_evaluator(
+        linear(),
+        metrics={"accuracy": Accuracy()},
+        prepare_batch=lambda batch, device, non_blocking: (batch["in"], batch["out"]),
+        model_transform=lambda y_pred: y_pred.argmax(1),
+        output_transform=lambda x, y, y_pred: (torch.nn.functional.one_hot(y_pred, 2), y),
+    )
+    x = batches(1)[0][0]
+    y = linear()(x).argmax(1)
+    assert evaluator.run([{"in": x, "out": y}]).metrics["accuracy"] == 1
+
+
+def test_evaluating_between_runs_changes_no_bit_of_training():
+    def train(evaluate):
+        model = deep_model()
+        trainer = create_trainer(model, sgd(model), torch.nn.functional.mse_loss)
+        evaluator = create_evaluator(model, metrics={"mse": MeanSquaredError()})
+        torch.manual_seed(3)
+        if evaluate:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda: evaluator.run(batches(2)))
+        trainer.run(batches(5), max_epochs=2)
+        return list(model.state_dict().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+WRONG = {
+    "no model": (lambda: create_evaluator("model"), TypeError, "model must be a torch.nn.Module, got str"),
+    "no metric": (lambda: create_evaluator(linear(), {"a": 3}), TypeError, r"metrics\['a'\] must be an ignite.metrics.Metric"),
+    "no precision": (lambda: create_evaluator(linear(), amp="fp8"), ValueError, "amp must be None, 'bf16', 'fp16'"),
+    "other device": (
+        lambda: create_evaluator(linear(), device="meta"),
+        ValueError,
+        "device is 'meta' but the model is on 'cpu'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_errors_at_creation(name):
+    call, error, text = WRONG[name]
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_a_prepare_batch_that_gives_no_pair_is_named():
+    def three(batch, device, non_blocking):
+        return 1, 2, 3
+
+    with pytest.raises(TypeError, match=r"prepare_batch \(.*three\) must give \(x, y\), got \(1, 2, 3\)") as caught:
+        create_evaluator(linear(), prepare_batch=three).run(batches(1))
+    assert caught.value.__notes__ == ["camshaft: in epoch 1, iteration 1"]

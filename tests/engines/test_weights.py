@@ -1,0 +1,118 @@
+"""Weights alone, in a file that any torch.load reads."""
+
+import pytest
+import torch
+from toys import batches, linear, model_of, same, trainer_of, weights
+
+from camshaft import CheckpointRotation, load_weights, save_weights
+
+
+def other():
+    torch.manual_seed(99)
+    return torch.nn.Linear(3, 2)
+
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "DataParallel": torch.nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled DataParallel": lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("saved", WRAPPERS)
+@pytest.mark.parametrize("loaded", WRAPPERS)
+def test_weights_come_back_whatever_wraps_the_model(saved, loaded, tmp_path):
+    path = save_weights(WRAPPERS[saved](linear()), tmp_path / "weights.pt")
+    model = other()
+    load_weights(WRAPPERS[loaded](model), path)
+    assert same(weights(model), weights(linear()))
+
+
+def test_any_torch_load_reads_the_file(tmp_path):
+    path = save_weights(torch.nn.DataParallel(linear()), tmp_path / "weights.pt")
+    content = torch.load(path, weights_only=True)
+    assert list(content) == ["weight", "bias"]
+    assert torch.equal(content["weight"], linear().weight)
+
+
+def test_the_folder_is_made_and_the_path_returned(tmp_path):
+    path = tmp_path / "new" / "folder" / "weights.pt"
+    assert save_weights(linear(), str(path)) == path
+    assert path.is_file()
+
+
+def test_a_plain_state_dict_loads_too(tmp_path):
+    torch.save(linear().state_dict(), tmp_path / "weights.pt")
+    model = other()
+    load_weights(model, tmp_path / "weights.pt")
+    assert same(weights(model), weights(linear()))
+
+
+def test_a_checkpoint_gives_its_models_weights(tmp_path):
+    trainer = trainer_of()
+    checkpoints = CheckpointRotation(tmp_path).attach(trainer)
+    trainer.run(batches(3))
+    model = other()
+    load_weights(model, checkpoints.last)
+    assert same(weights(model), weights(model_of(trainer)))
+
+
+def test_saving_again_replaces_the_file_and_leaves_no_litter(tmp_path):
+    path = save_weights(other(), tmp_path / "weights.pt")
+    save_weights(linear(), path)
+    model = other()
+    load_weights(model, path)
+    assert same(weights(model), weights(linear()))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def bad_files(folder):
+    torch.save({"weight": linear}, folder / "code.pt")
+    torch.save([1, 2], folder / "list.pt")
+    (folder / "text.pt").write_text("no weights")
+    data = bytearray(save_weights(linear(), folder / "flipped.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "flipped.pt").write_bytes(data)
+    return {
+        "missing.pt": "isn't there",
+        "code.pt": "holds more than tensors and plain values",
+        "list.pt": "holds a list, not a state dict",
+        "text.pt": "is damaged or no checkpoint",
+        "flipped.pt": "is damaged",
+    }
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "code.pt", "list.pt", "text.pt", "flipped.pt"])
+def test_a_file_that_can_not_be_used_says_why_and_changes_nothing(name, tmp_path):
+    text = bad_files(tmp_path)[name]
+    model = other()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=f"{name} {text}|{name} .*{text}"):
+        load_weights(model, tmp_path / name)
+    assert same(weights(model), before)
+
+
+def test_weights_of_another_model_are_an_error_that_names_the_keys(tmp_path):
+    path = save_weights(torch.nn.Sequential(linear()), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="another model than this Linear: only the checkpoint has 0.weight, 0.bias; only the"):
+        load_weights(linear(), path)
+
+
+def test_weights_of_another_shape_are_an_error_that_names_them(tmp_path):
+    path = save_weights(torch.nn.Linear(4, 2), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weight \(\(2, 4\) in the checkpoint, \(2, 3\) here\)"):
+        load_weights(linear(), path)
+
+
+def test_a_model_whose_own_names_begin_like_a_wrappers_keeps_them(tmp_path):
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = linear()
+
+    path = save_weights(Outer(), tmp_path / "weights.pt")
+    model = Outer()
+    torch.nn.init.zeros_(model.module.weight)
+    load_weights(model, path)
+    assert torch.equal(model.module.weight, linear().weight)
