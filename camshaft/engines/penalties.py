@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -246,13 +245,14 @@ def between(real: torch.Tensor, fake: torch.Tensor, alpha: torch.Tensor | None =
     real, fake = exact(real, "real"), exact(fake, "fake")
     if real.shape != fake.shape:
         raise ValueError(f"real and fake must have the same shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
+    ones = [1] * (real.dim() - 1)
     if alpha is None:
-        alpha = torch.rand(real.shape[0], dtype=torch.promote_types(real.dtype, fake.dtype), device=real.device)
+        dtype = real.dtype if real.dtype is fake.dtype else torch.promote_types(real.dtype, fake.dtype)
+        alpha = torch.rand(real.shape[0], *ones, dtype=dtype, device=real.device)
     elif not isinstance(alpha, torch.Tensor) or alpha.shape != real.shape[:1]:
         raise ValueError(f"alpha must be a tensor of shape ({real.shape[0]},), one number per sample, got {describe(alpha)}")
     else:
-        alpha = alpha.detach().to(real)
-    alpha = alpha.reshape(-1, *[1] * (real.dim() - 1))
+        alpha = alpha.detach().to(real).reshape(-1, *ones)
     return alpha * real + (1 - alpha) * fake
 
 
@@ -288,18 +288,26 @@ def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = (
     points = (points.clone() if points.is_inference() else points.detach()).requires_grad_()
     if args:
         args = map_tensors(cut, args)
-    device = points.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        scores = critic(points, *args)
-        if not one_each(scores, points.shape[0]):
-            raise bad_scores(scores, points.shape[0], f"the critic {name_of(critic)}")
-        found = (
-            torch.autograd.grad(scores.sum(), points, create_graph=True, allow_unused=True) if scores.requires_grad else None
-        )
-    if found is None or found[0] is None:
+    device = "cpu" if points.is_cpu else points.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            gradients = differentiate(critic, points, args)
+    else:
+        gradients = differentiate(critic, points, args)
+    if gradients is None:
         raise ValueError(f"the scores of the critic {name_of(critic)} don't depend on its input, or were detached from it")
-    gradients: torch.Tensor = found[0]
     return gradients if gradients.dim() == 2 else gradients.reshape(points.shape[0], -1)
+
+
+def differentiate(critic: Any, points: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The gradient of the sum of the scores, which is each sample's own; ``None`` where they don't depend on the points."""
+    scores = critic(points, *args)
+    if not one_each(scores, points.shape[0]):
+        raise bad_scores(scores, points.shape[0], f"the critic {name_of(critic)}")
+    if not scores.requires_grad:
+        return None
+    found: torch.Tensor | None = torch.autograd.grad(scores.sum(), points, create_graph=True, allow_unused=True)[0]
+    return found
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
