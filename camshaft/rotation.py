@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import uuid
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from time import time_ns
+from typing import Any, NamedTuple
 
 from camshaft.files import BadFile, load_checked, write_durably
 
 __all__ = ["Entry", "Index", "file_name", "kept", "step_of"]
+
+logger = logging.getLogger("camshaft")
 
 INDEX = "checkpoints.json"
 NAME = re.compile(r"step-(\d{8,})\.pt")
@@ -41,6 +46,15 @@ class Entry:
     score: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     time: str = ""
+    written: int = field(default_factory=time_ns)
+    """When it was made, in nanoseconds: tells the place of a file that the index doesn't list."""
+
+
+class _Marked(NamedTuple):
+    """What a checkpoint says of itself: the folder that it was written for, and its entry in the index there."""
+
+    identity: str
+    entry: Entry
 
 
 def best_first(entries: Iterable[Entry], mode: str) -> list[Entry]:
@@ -68,7 +82,6 @@ class Index:
         self.entries: list[Entry] = []
         self.identity = uuid.uuid4().hex
         """Marks the files that were written for this folder."""
-        self.extra: dict[str, Any] = {}
         self._read()
 
     @property
@@ -79,35 +92,57 @@ class Index:
     def _read(self) -> None:
         try:
             content = json.loads(self.path.read_text())
-            entries = [Entry(**entry) for entry in content["checkpoints"]]
-            identity = str(content["identity"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return self._adopt(any_identity=True)  # none yet, or a damaged one: the files tell
-        self.identity = identity
-        self.entries = [entry for entry in entries if (self.folder / entry.file).is_file()]
-        return self._adopt(any_identity=False)
+            if content.pop("crc32") != _sum(content):
+                raise ValueError("its text doesn't match its checksum")
+            self.identity, self.entries = content["identity"], [Entry(**entry) for entry in content["checkpoints"]]
+        except FileNotFoundError:
+            return self._make_anew()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s is damaged (%s) and is made anew from the checkpoints", self.path, error)
+            return self._make_anew()
+        for marked in self._unlisted():
+            if marked.identity == self.identity:
+                self._insert(marked.entry)
+        if not any((self.folder / entry.file).is_file() for entry in self.entries):
+            self.entries = []  # somebody has cleared the folder; one that is missing beside others must be named
+        return None
 
-    def _adopt(self, any_identity: bool) -> None:
-        """Lists the files that a kill kept out of the index: those that were written for this folder."""
+    def _make_anew(self) -> None:
+        """Lists the files by what they say of themselves; of several folders', those of the one that was written to last."""
+        found = self._unlisted()
+        self.entries = []
+        if found:
+            self.identity = found[-1].identity
+            self.entries = [marked.entry for marked in found if marked.identity == self.identity]
+
+    def _unlisted(self) -> list[_Marked]:
+        """The good checkpoints that the index lacks, because of a kill between two writes, in the order of writing."""
         listed = {entry.file for entry in self.entries}
-        for path in sorted(self.folder.glob("step-*.pt"), key=lambda path: path.stat().st_mtime_ns):
-            if path.name in listed or step_of(path.name) is None:
-                continue
-            with suppress(BadFile, KeyError, TypeError):
-                mark = load_checked(path)["rotation"]
-                if any_identity or mark["identity"] == self.identity:
-                    self.identity = mark["identity"]
-                    self.entries.append(Entry(**mark["entry"]))
+        found = []
+        for path in self.folder.glob("step-*.pt"):
+            if path.name not in listed and step_of(path.name) is not None:
+                with suppress(BadFile, KeyError, TypeError):
+                    mark = load_checked(path)["rotation"]
+                    marked = _Marked(mark["identity"], Entry(**mark["entry"]))
+                    if marked.entry.file == path.name:  # a copy under another name is the user's
+                        found.append(marked)
+        return sorted(found, key=lambda marked: marked.entry.written)
+
+    def _insert(self, entry: Entry) -> None:
+        """Puts an entry in its place: the kill may have come before the index was written, or before an old file went."""
+        later = [n for n, other in enumerate(self.entries, start=1) if other.written <= entry.written]
+        self.entries.insert(later[-1] if later else 0, entry)
 
     def write(self) -> None:
         """Writes the index durably."""
         content = {"format": 1, "identity": self.identity, "checkpoints": [asdict(entry) for entry in self.entries]}
-        text = json.dumps(content | self.extra, indent=1, allow_nan=False).encode()
+        text = json.dumps(content | {"crc32": _sum(content)}, indent=1, allow_nan=False).encode()
         write_durably(self.path, lambda file: _put(file, text))
 
     def add(self, entry: Entry) -> None:
-        """Puts a checkpoint that has been written last; one of the same name gives way."""
-        self.entries = [other for other in self.entries if other.file != entry.file] + [entry]
+        """Puts a checkpoint that has been written last; one of the same name gives way, and those that are gone go."""
+        others = [other for other in self.entries if other.file != entry.file]
+        self.entries = [other for other in others if (self.folder / other.file).is_file()] + [entry]
 
     def newest_first(self) -> list[Path]:
         """Every checkpoint in the folder, listed or not, newest first."""
@@ -118,6 +153,11 @@ class Index:
         newer = [path for path in others if (step_of(path.name) or 0) > newest_step]
         older = [path for path in others if path not in newer]
         return list(reversed(older + listed + newer))
+
+
+def _sum(content: Mapping[str, Any]) -> int:
+    """A checksum over the index, so that a changed digit isn't believed."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _put(file: Any, text: bytes) -> None:
