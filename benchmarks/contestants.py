@@ -1,0 +1,568 @@
+"""The loops that are compared: each trains the same task, and differs only in who drives it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+__all__ = ["CONTESTANTS", "NEEDS", "SIZES", "Batches", "Task", "make_task"]
+
+WINDOW = 4
+"""The batches of a window where gradients are accumulated."""
+LOG_EVERY = 10
+"""The optimizer steps between two points of a curve."""
+SIZES = {"tiny": (16, 32, 4, 32), "large": (256, 512, 10, 128)}
+"""Inputs, hidden units, classes and samples per batch of each model; a step of the large one takes over 2 ms."""
+
+
+class Batches:
+    """The data of a round. It takes the time from its first batch to its last, so that no start-up is counted."""
+
+    def __init__(self, batches: list[Any], clock: Callable[[], float]) -> None:
+        self.batches, self.clock = batches, clock
+        self.began = self.ended = 0.0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.began = self.clock()
+        yield from self.batches[:-1]
+        self.ended = self.clock()
+        yield self.batches[-1]
+
+    @property
+    def per_iteration(self) -> float:
+        """The microseconds of an iteration in the last pass."""
+        return (self.ended - self.began) / (len(self) - 1) * 1e6
+
+
+@dataclass
+class Task:
+    """What a contestant is given: the same initial weights and the same batches for each."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    batches: Batches
+    folder: Path
+    loss_fn: Callable[[Any, Any], torch.Tensor] = nn.functional.cross_entropy
+    device: torch.device = torch.device("cpu")
+
+
+def make_task(size: str, batches: int, folder: Path, clock: Callable[[], float] = time.perf_counter) -> Task:
+    """The task of a size, with the same numbers at every call."""
+    inputs, hidden, classes, samples = SIZES[size]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9999)
+    data = [(torch.randn(samples, inputs), torch.randint(classes, (samples,))) for _ in range(batches)]
+    return Task(model, optimizer, scheduler, Batches(data, clock), folder)
+
+
+Round = Callable[[], Any]
+CONTESTANTS: dict[str, Callable[[Task], Round]] = {}
+"""By name: takes a task and gives the function that trains one pass over its batches."""
+NEEDS: dict[str, str] = {}
+"""The module that a contestant can't do without."""
+
+
+def contestant(name: str, needs: str = "torch") -> Callable[[Callable[[Task], Round]], Callable[[Task], Round]]:
+    """Enters a loop under a name."""
+
+    def enter(prepare: Callable[[Task], Round]) -> Callable[[Task], Round]:
+        CONTESTANTS[name], NEEDS[name] = prepare, needs
+        return prepare
+
+    return enter
+
+
+# -- by hand --------------------------------------------------------------------------------------------------------------
+
+
+@contestant("bare loop")
+def bare(task: Task) -> Round:
+    """What a careful person writes: nothing waits for the device, and the graph is let go."""
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+
+    def run() -> None:
+        model.train()
+        for x, y in task.batches:
+            optimizer.zero_grad()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step()
+            loss = loss.detach()
+
+    return run
+
+
+@contestant("blog template")
+def template(task: Task) -> Round:
+    """What the tutorials print: training mode and ``.item()`` in every iteration."""
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+
+    def run() -> float:
+        running = 0.0
+        for x, y in task.batches:
+            model.train()
+            x, y = x.to(device), y.to(device)
+            optimizer.zero_grad()
+            output = model(x)
+            loss = loss_fn(output, y)
+            loss.backward()
+            optimizer.step()
+            running += loss.item()
+        return running
+
+    return run
+
+
+@contestant("bare loop, accumulating")
+def bare_accumulating(task: Task) -> Round:
+    """Windows of four batches."""
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+
+    def run() -> None:
+        model.train()
+        for number, (x, y) in enumerate(task.batches):
+            if number % WINDOW == 0:
+                optimizer.zero_grad()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            loss = loss_fn(model(x), y)
+            (loss / WINDOW).backward()
+            if number % WINDOW == WINDOW - 1:
+                optimizer.step()
+            loss = loss.detach()
+
+    return run
+
+
+@contestant("bare loop, clip + schedule + history")
+def bare_clipping(task: Task) -> Round:
+    """The norm bounded, a schedule per step, and every rate noted."""
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+    parameters, history = list(model.parameters()), []
+
+    def run() -> None:
+        model.train()
+        for x, y in task.batches:
+            optimizer.zero_grad()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            history.append(optimizer.param_groups[0]["lr"])
+            task.scheduler.step()
+            loss = loss.detach()
+
+    return run
+
+
+@contestant("bare loop, TensorBoard + bar", needs="tqdm")
+def bare_logging(task: Task) -> Round:
+    """The mean loss and the rate every ten steps, and a tqdm bar that shows the last of them."""
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm.auto import tqdm
+
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+
+    def run() -> None:
+        model.train()
+        total, step = torch.zeros(()), 0
+        with SummaryWriter(os.fspath(task.folder)) as writer, tqdm(total=len(task.batches)) as bar:
+            for x, y in task.batches:
+                optimizer.zero_grad()
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                loss = loss_fn(model(x), y)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+                step += 1
+                if step % LOG_EVERY == 0:
+                    mean = total.item() / LOG_EVERY
+                    writer.add_scalar("train/loss", mean, step)
+                    writer.add_scalar("train/lr", optimizer.param_groups[0]["lr"], step)
+                    bar.set_postfix(loss=mean, refresh=False)
+                    total.zero_()
+                bar.update()
+
+    return run
+
+
+@contestant("bare loop, everything", needs="tqdm")
+def bare_everything(task: Task) -> Round:
+    """All of the above, a check of loss and gradient before the step, and an average of the weights."""
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm.auto import tqdm
+
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+    parameters, history = list(model.parameters()), []
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+
+    def run() -> None:
+        model.train()
+        total, step = torch.zeros(()), 0
+        with SummaryWriter(os.fspath(task.folder)) as writer, tqdm(total=len(task.batches)) as bar:
+            for x, y in task.batches:
+                optimizer.zero_grad()
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                loss = loss_fn(model(x), y)
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                if not bool(torch.isfinite(norm + loss.detach())):
+                    raise FloatingPointError("not finite")
+                optimizer.step()
+                history.append(optimizer.param_groups[0]["lr"])
+                average.update_parameters(model)
+                total += loss.detach()
+                step += 1
+                if step % LOG_EVERY == 0:
+                    mean = total.item() / LOG_EVERY
+                    writer.add_scalar("train/loss", mean, step)
+                    writer.add_scalar("train/lr", history[-1], step)
+                    writer.add_scalar("train/grad_norm", norm.item(), step)
+                    bar.set_postfix(loss=mean, refresh=False)
+                    total.zero_()
+                task.scheduler.step()
+                bar.update()
+
+    return run
+
+
+# -- camshaft -------------------------------------------------------------------------------------------------------------
+
+
+def camshaft_trainer(task: Task, **options: Any) -> Any:
+    from camshaft import create_trainer
+
+    return create_trainer(task.model, task.optimizer, task.loss_fn, **options)
+
+
+@contestant("camshaft")
+def camshaft(task: Task) -> Round:
+    """Every event available, nothing attached."""
+    trainer = camshaft_trainer(task)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, accumulating")
+def camshaft_accumulating(task: Task) -> Round:
+    trainer = camshaft_trainer(task, accumulation_steps=WINDOW)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, clip + schedule + history")
+def camshaft_clipping(task: Task) -> Round:
+    from camshaft import LRHistory
+
+    trainer = camshaft_trainer(task, clip_grad_norm=1.0, scheduler=task.scheduler)
+    LRHistory().attach(trainer)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, TensorBoard + bar", needs="tqdm")
+def camshaft_logging(task: Task) -> Round:
+    from camshaft import Progress, TensorBoard
+
+    trainer = camshaft_trainer(task)
+    TensorBoard(task.folder, every=LOG_EVERY).attach(trainer)
+    Progress().attach(trainer)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, everything", needs="tqdm")
+def camshaft_everything(task: Task) -> Round:
+    """Every handler that is shipped and fits one process on a CPU in full precision."""
+    from ignite.metrics import Loss
+
+    from camshaft import (
+        CheckpointRotation,
+        EarlyStopping,
+        Evaluation,
+        ExponentialMovingAverage,
+        LRHistory,
+        NonFiniteGuard,
+        Progress,
+        StopOnSignal,
+        TensorBoard,
+        create_evaluator,
+    )
+
+    trainer = camshaft_trainer(task, clip_grad_norm=1.0, scheduler=task.scheduler)
+    evaluator = create_evaluator(task.model, metrics={"loss": Loss(task.loss_fn)})
+    LRHistory().attach(trainer)
+    ExponentialMovingAverage(0.999).attach(trainer)
+    NonFiniteGuard().attach(trainer)
+    Evaluation(evaluator, task.batches.batches[:2]).attach(trainer)
+    EarlyStopping("val/loss", mode="min", patience=1_000_000).attach(trainer)
+    TensorBoard(task.folder / "curves", every=LOG_EVERY).attach(trainer)
+    Progress().attach(trainer)
+    CheckpointRotation(task.folder / "checkpoints", keep_last=1).attach(trainer)
+    StopOnSignal().attach(trainer)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+# -- Ignite ---------------------------------------------------------------------------------------------------------------
+
+
+def ignite_trainer(task: Task, **options: Any) -> Any:
+    from ignite.engine import create_supervised_trainer
+
+    return create_supervised_trainer(task.model, task.optimizer, task.loss_fn, device=task.device, non_blocking=True, **options)
+
+
+@contestant("Ignite", needs="ignite")
+def ignite(task: Task) -> Round:
+    trainer = ignite_trainer(task)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("Ignite, accumulating", needs="ignite")
+def ignite_accumulating(task: Task) -> Round:
+    trainer = ignite_trainer(task, gradient_accumulation_steps=WINDOW)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("Ignite, TensorBoard + bar", needs="tqdm")
+def ignite_logging(task: Task) -> Round:
+    from ignite.engine import Events
+    from ignite.handlers import ProgressBar
+    from ignite.handlers.tensorboard_logger import OptimizerParamsHandler, TensorboardLogger
+
+    trainer = ignite_trainer(task)
+    every = Events.ITERATION_COMPLETED(every=LOG_EVERY)
+    logger = TensorboardLogger(log_dir=os.fspath(task.folder))
+    logger.attach_output_handler(trainer, every, tag="train", output_transform=lambda loss: {"loss": loss})
+    logger.attach(trainer, OptimizerParamsHandler(task.optimizer), every)
+    ProgressBar().attach(trainer, output_transform=lambda loss: {"loss": loss})
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+# -- handlers by number ---------------------------------------------------------------------------------------------------
+
+
+def nothing(engine: Any) -> None:
+    """A handler with no work of its own."""
+
+
+def with_handlers(number: int, library: str, sleeping: bool) -> Callable[[Task], Round]:
+    """A trainer with so many handlers at one event, which run at each iteration or never."""
+
+    def prepare(task: Task) -> Round:
+        from ignite.engine import Events
+
+        from camshaft import StepEvents
+
+        trainer = camshaft_trainer(task) if library == "camshaft" else ignite_trainer(task)
+        event = StepEvents.GRADIENTS_READY if library == "camshaft" else Events.ITERATION_COMPLETED
+        for _ in range(number):
+            trainer.add_event_handler(event(every=1_000_000) if sleeping else event, nothing)
+        return lambda: trainer.run(task.batches, max_epochs=1)
+
+    return prepare
+
+
+COUNTS = (1, 4, 16, 64)
+for library in ("camshaft", "Ignite"):
+    for count in COUNTS:
+        contestant(f"{library}, {count} running", needs="ignite")(with_handlers(count, library, sleeping=False))
+        contestant(f"{library}, {count} sleeping", needs="ignite")(with_handlers(count, library, sleeping=True))
+
+
+# -- the peers ------------------------------------------------------------------------------------------------------------
+
+
+@contestant("Fabric", needs="lightning")
+def fabric(task: Task) -> Round:
+    from lightning.fabric import Fabric
+
+    runner = Fabric(accelerator="cpu")
+    model, optimizer = runner.setup(task.model, task.optimizer)
+
+    def run() -> None:
+        model.train()
+        for batch in task.batches:
+            optimizer.zero_grad()
+            x, y = runner.to_device(batch)
+            loss = task.loss_fn(model(x), y)
+            runner.backward(loss)
+            optimizer.step()
+            loss = loss.detach()
+
+    return run
+
+
+def lightning_rounds(task: Task, **options: Any) -> Round:
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.model
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            x, y = batch
+            loss = task.loss_fn(self.model(x), y)
+            if options.get("logger"):
+                self.log("train/loss", loss, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            if "gradient_clip_val" not in options:
+                return task.optimizer
+            return {"optimizer": task.optimizer, "lr_scheduler": {"scheduler": task.scheduler, "interval": "step"}}
+
+    module = Module()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+    def run() -> None:
+        trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, **{**quiet, **options})
+        trainer.fit(module, task.batches)
+
+    return run
+
+
+@contestant("Lightning", needs="lightning")
+def lightning(task: Task) -> Round:
+    return lightning_rounds(task)
+
+
+@contestant("Lightning, accumulating", needs="lightning")
+def lightning_accumulating(task: Task) -> Round:
+    return lightning_rounds(task, accumulate_grad_batches=WINDOW)
+
+
+@contestant("Lightning, clip + schedule", needs="lightning")
+def lightning_clipping(task: Task) -> Round:
+    return lightning_rounds(task, gradient_clip_val=1.0)
+
+
+@contestant("Lightning, TensorBoard + bar", needs="lightning")
+def lightning_logging(task: Task) -> Round:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(os.fspath(task.folder))
+    return lightning_rounds(task, logger=logger, log_every_n_steps=LOG_EVERY, enable_progress_bar=True)
+
+
+def accelerate_rounds(task: Task, window: int) -> Round:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=window)
+    model, optimizer = accelerator.prepare(task.model, task.optimizer)
+
+    def run() -> None:
+        model.train()
+        for x, y in task.batches:
+            with accelerator.accumulate(model):
+                x, y = x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)
+                loss = task.loss_fn(model(x), y)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                loss = loss.detach()
+
+    return run
+
+
+@contestant("Accelerate", needs="accelerate")
+def accelerate(task: Task) -> Round:
+    return accelerate_rounds(task, 1)
+
+
+@contestant("Accelerate, accumulating", needs="accelerate")
+def accelerate_accumulating(task: Task) -> Round:
+    return accelerate_rounds(task, WINDOW)
+
+
+@contestant("Poutyne", needs="poutyne")
+def poutyne(task: Task) -> Round:
+    from poutyne import Model
+
+    model = Model(task.model, task.optimizer, task.loss_fn)
+    return lambda: model.fit_generator(task.batches, epochs=1, verbose=False)
+
+
+@contestant("TNT", needs="torchtnt")
+def torchtnt(task: Task) -> Round:
+    from torchtnt.framework.train import train
+    from torchtnt.framework.unit import TrainUnit
+
+    class Unit(TrainUnit[Any]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.optimizer = task.model, task.optimizer
+
+        def train_step(self, state: Any, data: Any) -> torch.Tensor:
+            x, y = data
+            self.optimizer.zero_grad()
+            x, y = x.to(task.device, non_blocking=True), y.to(task.device, non_blocking=True)
+            loss = task.loss_fn(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+
+    return lambda: train(Unit(), task.batches, max_epochs=1)
+
+
+@contestant("skorch", needs="skorch")
+def skorch(task: Task) -> Round:
+    from skorch import NeuralNet
+
+    net = NeuralNet(
+        lambda: task.model,
+        criterion=nn.CrossEntropyLoss,
+        optimizer=lambda parameters, lr: task.optimizer,
+        max_epochs=1,
+        iterator_train=lambda dataset, **_: task.batches,
+        train_split=None,
+        callbacks=None,
+        verbose=0,
+    ).initialize()
+    x, y = task.batches.batches[0]
+    return lambda: net.partial_fit(x, y)
+
+
+@contestant("Keras", needs="keras")
+def keras(task: Task) -> Round:
+    """Keras's own layers and optimizer on torch, with the task's weights: its loop trains no other module as it is."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    linears = [layer for layer in task.model if isinstance(layer, nn.Linear)]
+    last = linears[-1]
+    layers = [keras.layers.Dense(linear.out_features, None if linear is last else "relu") for linear in linears]
+    model = keras.Sequential([keras.layers.Input((linears[0].in_features,)), *layers])
+    for layer, linear in zip(layers, linears, strict=True):
+        layer.set_weights([linear.weight.detach().T.numpy(), linear.bias.detach().numpy()])
+    model.compile(
+        optimizer=keras.optimizers.SGD(learning_rate=0.01, momentum=0.9),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+
+    def run() -> None:
+        model.fit(iter(task.batches), steps_per_epoch=len(task.batches), epochs=1, verbose=0)
+        for layer, linear in zip(layers, linears, strict=True):
+            weight, bias = (torch.as_tensor(w) for w in layer.get_weights())
+            linear.weight.data, linear.bias.data = weight.T, bias
+
+    return run
