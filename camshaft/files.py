@@ -86,6 +86,7 @@ class _Sealed:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.crc32, self.tail = file, 0, b""
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -100,15 +101,23 @@ class _Sealed:
         return len(view)
 
     def _put(self, data: Any) -> None:
+        if self.error is not None:
+            return
         self.crc32 = zlib.crc32(data, self.crc32)
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:  # torch's zip writer would put a RuntimeError of its own in its place
+            self.error = error
 
     def flush(self) -> None:
-        self.file.flush()
+        """Nothing yet: the whole is flushed when it is sealed."""
 
     def seal(self) -> None:
+        """Ends the file; an error of the file system in any write comes out here."""
         self._put(struct.pack("<H", len(SEAL) + 8))
-        self.file.write(SEAL + b"%08x" % self.crc32)
+        self._put(SEAL + b"%08x" % self.crc32)
+        if self.error is not None:
+            raise self.error
 
 
 def save_durably(content: Any, path: Path) -> int:
