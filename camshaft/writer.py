@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -15,6 +16,8 @@ from camshaft.files import save_durably
 from camshaft.rotation import Entry, Index
 
 __all__ = ["CheckpointWriter"]
+
+logger = logging.getLogger("camshaft")
 
 FAILURES = 3
 """After this many failed saves in a row the error is raised."""
@@ -89,15 +92,31 @@ class CheckpointWriter:
                 index.write()
             save_durably(content, index.folder / entry.file)
             index.add(entry)
-            before, index.entries = index.entries, self.choose(index.entries)
-            index.write()
-            names = {kept.file for kept in index.entries}
-            for old in before:
-                if old.file not in names:
-                    (index.folder / old.file).unlink(missing_ok=True)
+            self._rotate()
         except OSError as error:
             self._error = error
         self.longest = max(self.longest, time.monotonic() - started)
+
+    def _rotate(self) -> None:
+        """Writes the index, and only then deletes; what goes wrong here is made up for with the next save."""
+        index, before = self.index, self.index.entries
+        index.entries = self.choose(before)
+        try:
+            index.write()
+        except OSError:
+            index.entries = before
+            raise
+        chosen = {entry.file for entry in index.entries}
+        stuck = {entry.file for entry in before if entry.file not in chosen and not self._is_deleted(entry)}
+        index.entries = [entry for entry in before if entry.file in chosen | stuck]
+
+    def _is_deleted(self, entry: Entry) -> bool:
+        try:
+            (self.index.folder / entry.file).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s can't be deleted (%s); it is tried again with the next checkpoint", entry.file, error)
+            return False
+        return True
 
     def _report(self) -> bool:
         """One clear warning for a save that has failed; the third in a row is raised."""
