@@ -1,0 +1,210 @@
+"""A folder that fills up, turns read-only or is tampered with costs at most the save that it refuses."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+from faulty import Child, all_good, assert_of_one_step, checkpoints, counting_run, litter, train
+
+from camshaft import Events
+
+ROOM = 300_000
+"""A checkpoint of so many weights takes 1.2 MB."""
+
+
+def at(trainer, step, function):
+    """Calls a function before a step."""
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=step), lambda: function())
+
+
+def assert_resumes_from(folder, step, **options):
+    assert litter(folder) == []
+    assert all_good(folder)
+    trainer, rotation = counting_run(folder, **options)
+    assert rotation.resume("auto") == rotation.last == folder / f"step-{step:08d}.pt"
+    assert assert_of_one_step(trainer) == step
+    return trainer
+
+
+def test_a_disk_that_fills_up(small_disk):
+    folder = small_disk("3m")
+    trainer, _ = counting_run(folder, size=ROOM, keep_last=5)
+    with (
+        pytest.warns(RuntimeWarning, match=r"step-0000000[34]\.pt could not be written \(No space.*training goes on") as warned,
+        pytest.raises(OSError, match=r"step-00000005\.pt could not be written .*; 3 saves in a row have failed"),
+    ):
+        train(trainer, 100)
+    assert len(warned) == 2
+    assert "about 1,2" in str(warned[0].message)
+    assert checkpoints(folder) == [1, 2]
+    assert_resumes_from(folder, 2, size=ROOM)
+
+
+def test_a_disk_on_which_room_is_made_again(small_disk):
+    folder = small_disk("4m")
+    ballast = folder / "ballast"
+    trainer, rotation = counting_run(folder, size=ROOM, keep_last=1)
+    for full, free in ((2, 4), (6, 8)):
+        at(trainer, full, lambda: ballast.write_bytes(bytes(1_800_000)))
+        at(trainer, free, lambda: ballast.unlink())
+    with pytest.warns(RuntimeWarning, match="training goes on") as warned:
+        train(trainer, 9)
+    assert len(warned) == 4
+    assert checkpoints(folder) == [9]
+    assert_resumes_from(folder, 9, size=ROOM)
+
+
+def test_a_disk_that_turns_read_only(small_disk):
+    folder = small_disk("20m")
+    trainer, _ = counting_run(folder)
+    at(trainer, 3, lambda: subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True))
+    at(trainer, 5, lambda: subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True))
+    with pytest.warns(RuntimeWarning, match="could not be written .Read-only file system.*training goes on") as warned:
+        train(trainer, 6)
+    assert len(warned) == 2
+    assert checkpoints(folder) == [5, 6]
+    assert_resumes_from(folder, 6)
+
+
+def limit_file_size(report, folder, size):
+    """Trains without end; from step 3 on, no file can be larger than 100 KB."""
+    trainer, _ = counting_run(folder, size=size)
+    at(trainer, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: report(engine.state.iteration))
+    train(trainer, 100)
+
+
+def test_files_that_may_not_grow(tmp_path):
+    folder = tmp_path / "run"
+    with Child(limit_file_size, tmp_path / "notes", folder, ROOM) as child:
+        assert child.join() == 1
+        assert child.reported == [1, 2, 3, 4, 5]
+        assert "could not be written (File too large)" in child.error()
+        assert "3 saves in a row have failed" in child.error()
+    assert checkpoints(folder) == [1, 2]
+    assert_resumes_from(folder, 2, size=ROOM)
+
+
+def refuse(monkeypatch, module, name, error, when=lambda *args: True):
+    """Has a function of the operating system fail."""
+    works = getattr(module, name)
+
+    def fails(*args, **kwargs):
+        if when(*args):
+            raise OSError(error, os.strerror(error))
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, fails)
+
+
+STEPS_OF_A_SAVE = [(tempfile, "mkstemp"), (os, "fchmod"), (os, "fsync"), (os, "replace")]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EDQUOT, errno.ESTALE])
+@pytest.mark.parametrize(("module", "name"), STEPS_OF_A_SAVE)
+def test_any_error_at_any_step_of_a_save(tmp_path, monkeypatch, module, name, error):
+    trainer, _ = counting_run(tmp_path)
+    at(trainer, 3, lambda: refuse(monkeypatch, module, name, error))
+    at(trainer, 5, monkeypatch.undo)
+    with pytest.warns(RuntimeWarning, match=os.strerror(error)) as warned:
+        train(trainer, 6)
+    assert len(warned) == 2
+    assert checkpoints(tmp_path) == [5, 6]
+    assert_resumes_from(tmp_path, 6)
+
+
+@pytest.mark.parametrize(("module", "name"), STEPS_OF_A_SAVE)
+def test_old_files_stay_while_saves_fail(tmp_path, monkeypatch, module, name):
+    trainer, _ = counting_run(tmp_path, keep_last=1)
+    at(trainer, 3, lambda: refuse(monkeypatch, module, name, errno.EIO))
+    with (
+        pytest.warns(RuntimeWarning, match="the earlier checkpoints are untouched"),
+        pytest.raises(OSError, match="3 saves in a row"),
+    ):
+        train(trainer, 9)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == [2]
+    assert_resumes_from(tmp_path, 2)
+
+
+def is_index(source, target):
+    return str(target).endswith(".json")
+
+
+def test_an_index_that_can_not_be_written_leaks_no_files(tmp_path, monkeypatch):
+    trainer, _ = counting_run(tmp_path)
+    at(trainer, 3, lambda: refuse(monkeypatch, os, "replace", errno.ENOSPC, is_index))
+    at(trainer, 5, monkeypatch.undo)
+    with pytest.warns(RuntimeWarning, match="training goes on"):
+        train(trainer, 6)
+    assert checkpoints(tmp_path) == [5, 6]
+    assert_resumes_from(tmp_path, 6)
+
+
+def test_a_file_that_is_there_though_its_index_failed_is_resumed_from(tmp_path, monkeypatch):
+    trainer, _ = counting_run(tmp_path)
+    at(trainer, 3, lambda: refuse(monkeypatch, os, "replace", errno.ENOSPC, is_index))
+    with pytest.warns(RuntimeWarning), pytest.raises(OSError, match="3 saves in a row have failed"):
+        train(trainer, 9)
+    monkeypatch.undo()
+    assert_resumes_from(tmp_path, 5)
+
+
+def test_an_old_file_that_can_not_be_deleted_goes_with_the_next_save(tmp_path, monkeypatch, caplog):
+    trainer, _ = counting_run(tmp_path)
+    refuse(monkeypatch, os, "unlink", errno.EBUSY, lambda path, *_: str(path).endswith(".pt"))
+    at(trainer, 4, monkeypatch.undo)
+    train(trainer, 5)
+    assert "step-00000001.pt can't be deleted" in caplog.text
+    assert checkpoints(tmp_path) == [4, 5]
+
+
+def test_a_folder_that_can_not_be_written_from_the_start_raises_at_once(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="dirname: checkpoints can't be written there"):
+        counting_run(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_file_deleted_by_hand_while_training_goes_on(tmp_path, step):
+    trainer, rotation = counting_run(tmp_path, keep_last=3)
+    at(trainer, 4, lambda: (tmp_path / f"step-{step:08d}.pt").unlink())
+    train(trainer, 4)
+    assert checkpoints(tmp_path) == sorted({1, 2, 3, 4} - {step})
+    assert [entry.optimizer_step for entry in rotation.index.entries] == checkpoints(tmp_path)
+    train_on = assert_resumes_from(tmp_path, 4, keep_last=3)
+    train(train_on, 6)
+    assert checkpoints(tmp_path) == [4, 5, 6]
+
+
+def test_the_index_deleted_while_training_goes_on(tmp_path):
+    trainer, _ = counting_run(tmp_path)
+    at(trainer, 3, (tmp_path / "checkpoints.json").unlink)
+    train(trainer, 5)
+    assert checkpoints(tmp_path) == [4, 5]
+    assert_resumes_from(tmp_path, 5)
+
+
+def test_the_whole_folder_deleted_while_training_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    trainer, _ = counting_run(folder)
+    at(trainer, 3, lambda: shutil.rmtree(folder))
+    at(trainer, 4, folder.mkdir)
+    with pytest.warns(RuntimeWarning, match=r"could not be written .No such file or directory.*training goes on"):
+        train(trainer, 5)
+    assert checkpoints(folder) == [4, 5]
+    assert_resumes_from(folder, 5)
+
+
+def test_files_that_it_did_not_write_are_left_alone(tmp_path):
+    names = ["notes.txt", "step-1.pt", "step-00000001.pt.bak", "model.pt", ".camshaft", "step-00000000.pt"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    trainer, _ = counting_run(tmp_path, keep_last=1)
+    train(trainer, 4)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir() if p.name in names} == dict.fromkeys(names, "mine")
+    assert (tmp_path / "step-00000004.pt").exists()
