@@ -72,10 +72,11 @@ class GradientClipping(Handler):
             return
         parameters = engine.phases[state.phase].parameters()
         if self.max_norm is not None:
-            state.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
         else:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            state.grad_norm = nn.utils.get_total_norm(gradients, self.norm_type)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
+        if state.grad_norm is None:  # another clipping may have been here before
+            state.grad_norm = norm
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.function is not None:
