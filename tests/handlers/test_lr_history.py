@@ -1,0 +1,112 @@
+"""Every rate that a step used, what it looks like, and what it will be."""
+
+import pytest
+import torch
+from test_lr_scheduling import SCHEDULERS, by_hand
+from torch.optim import lr_scheduler
+from toys import batches, linear, model_of, sgd, trainer_of
+
+from camshaft import CheckpointRotation, LRHistory, StepEvents
+
+
+def test_it_notes_the_rate_that_each_step_used():
+    model = linear()
+    optimizer = sgd(model)
+    trainer = trainer_of(model, optimizer, scheduler=lr_scheduler.ExponentialLR(optimizer, 0.5))
+    history = LRHistory().attach(trainer)
+    trainer.run(batches(3))
+    assert history.history == {"lr": [(1, 0.1), (2, 0.05), (3, 0.025)]}
+
+
+def test_groups_go_by_their_name_or_number():
+    model = linear()
+    optimizer = torch.optim.SGD([{"params": [model.weight], "name": "body"}, {"params": [model.bias], "lr": 1.0}], lr=0.1)
+    history = LRHistory().attach(trainer := trainer_of(model, optimizer))
+    trainer.run(batches(1))
+    assert history.history == {"lr/body": [(1, 0.1)], "lr/1": [(1, 1.0)]}
+
+
+def test_a_skipped_step_is_not_noted():
+    trainer = trainer_of()
+    history = LRHistory().attach(trainer)
+    trainer.add_event_handler(StepEvents.GRADIENTS_READY(once=2), lambda e: e.refuse_step(torch.tensor(e.state.iteration == 2)))
+    trainer.run(batches(3))
+    assert history.history["lr"] == [(1, 0.1), (2, 0.1)]
+
+
+def test_a_rate_that_the_user_sets_is_noted_as_it_was():
+    trainer = trainer_of()
+    history = LRHistory().attach(trainer)
+
+    @trainer.on(StepEvents.OPTIMIZER_STEP_STARTED(once=2))
+    def change(engine):
+        engine.lead.optimizers[0].param_groups[0]["lr"] = 0.3
+
+    trainer.run(batches(3))
+    assert history.history["lr"] == [(1, 0.1), (2, 0.3), (3, 0.3)]
+
+
+def test_it_survives_a_resume(tmp_path):
+    trainer = trainer_of()
+    LRHistory().attach(trainer)
+    CheckpointRotation(tmp_path).attach(trainer)
+    trainer.run(batches(2))
+    fresh = trainer_of()
+    history = LRHistory().attach(fresh)
+    CheckpointRotation(tmp_path).attach(fresh).resume()
+    fresh.run(batches(2), max_epochs=2)
+    assert history.history["lr"] == [(1, 0.1), (2, 0.1), (3, 0.1), (4, 0.1)]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_simulation_is_what_the_steps_will_use(name):
+    optimizer = sgd(linear())
+    scheduler = SCHEDULERS[name](optimizer)
+    assert [rate for _, rate in LRHistory.simulate(scheduler, 6)["lr"]] == by_hand(SCHEDULERS[name], [6], True)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_simulation_moves_neither_scheduler_nor_optimizer(name):
+    model = linear()
+    optimizer = sgd(model, momentum=0.9)
+    scheduler = SCHEDULERS[name](optimizer)
+    before = repr(scheduler.state_dict()), repr(optimizer.state_dict()), model.weight.detach().clone()
+    LRHistory.simulate(scheduler, 6)
+    assert (repr(scheduler.state_dict()), repr(optimizer.state_dict())) == before[:2]
+    assert torch.equal(model.weight, before[2])
+
+
+def test_a_simulation_goes_on_from_where_the_scheduler_is():
+    optimizer = sgd(linear())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
+    scheduler.step()
+    assert LRHistory.simulate(scheduler, 2) == {"lr": [(1, 0.05), (2, 0.025)]}
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
+def test_a_number_of_steps_that_is_none_is_an_error(steps):
+    with pytest.raises(ValueError, match="steps must be a positive integer, got"):
+        LRHistory.simulate(lr_scheduler.StepLR(sgd(linear()), 1), steps)
+
+
+def test_the_plot_shows_each_curve_and_is_written(tmp_path):
+    model = linear()
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": 1.0}], lr=0.1)
+    history = LRHistory().attach(trainer := trainer_of(model, optimizer))
+    trainer.run(batches(3))
+    figure = history.plot(tmp_path / "rates.png")
+    lines = figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["lr/0", "lr/1"]
+    assert list(lines[1].get_xdata()) == [1, 2, 3]
+    assert list(lines[1].get_ydata()) == [1.0, 1.0, 1.0]
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_without_a_path_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    history = LRHistory().attach(trainer := trainer_of())
+    trainer.run(batches(2))
+    assert history.plot() is not None
+    assert list(tmp_path.iterdir()) == []
+    assert model_of(trainer).weight.requires_grad

@@ -1,0 +1,177 @@
+"""Nothing that isn't finite reaches the weights."""
+
+import pytest
+import torch
+from ignite.engine import Events
+from toys import batches, linear, model_of, same, sgd, trainer_of, weights
+
+from camshaft import GradientClipping, LRHistory, NonFiniteGuard, StepEvents, create_trainer
+
+NAN, INF = float("nan"), float("inf")
+
+
+def poisoned(number=4, at=2, value=NAN):
+    data = batches(number)
+    data[at - 1][0][0, 0] = value
+    return data
+
+
+def clean(at=2, number=4):
+    """The weights of a run that never saw the bad batch."""
+    data = batches(number)
+    trainer = trainer_of()
+    trainer.run([batch for i, batch in enumerate(data, 1) if i != at])
+    return weights(model_of(trainer))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_skip_leaves_the_bad_step_out_and_goes_on(value):
+    trainer = trainer_of()
+    NonFiniteGuard("skip").attach(trainer)
+    trainer.run(poisoned(value=value))
+    assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (3, 1)
+    assert same(weights(model_of(trainer)), clean())
+
+
+def test_skip_with_momentum_leaves_its_state_clean_too():
+    model = linear()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trainer = trainer_of(model, optimizer)
+    NonFiniteGuard("skip").attach(trainer)
+    trainer.run(poisoned())
+    assert all(torch.isfinite(value).all() for state in optimizer.state.values() for value in state.values())
+
+
+def test_raise_names_the_iteration_and_leaves_the_weights_as_before_it():
+    trainer = trainer_of()
+    NonFiniteGuard().attach(trainer)
+    before = []
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: before.append(weights(model_of(trainer))))
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of iteration 2 is nan, at optimizer step 2 of phase 'model'"
+    ) as caught:
+        trainer.run(poisoned())
+    assert caught.value.__notes__ == ["camshaft: in epoch 1, iteration 2"]
+    assert same(weights(model_of(trainer)), before[0])
+
+
+def test_stop_ends_the_run_without_the_step_and_says_why():
+    trainer = trainer_of()
+    NonFiniteGuard("stop").attach(trainer)
+    state = trainer.run(poisoned())
+    assert (state.iteration, state.optimizer_step, state.skipped_steps) == (2, 1, 1)
+    assert state.stop_reason.startswith("the loss of iteration 2 is nan")
+
+
+def bad_gradient(trainer, name, at=2):
+    parameter = dict(model_of(trainer).named_parameters())[name]
+
+    @trainer.on(StepEvents.BACKWARD_COMPLETED(once=at))
+    def spoil():
+        parameter.grad.view(-1)[0] = INF
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_gradient_that_is_not_finite_is_named(name):
+    trainer = trainer_of()
+    NonFiniteGuard().attach(trainer)
+    bad_gradient(trainer, name)
+    with pytest.raises(FloatingPointError, match=f"the gradient of {name} is not finite in iteration 2"):
+        trainer.run(batches(3))
+
+
+def test_infinities_that_cancel_are_found():
+    trainer = trainer_of()
+    NonFiniteGuard("skip").attach(trainer)
+
+    @trainer.on(StepEvents.GRADIENTS_READY(once=1))
+    def spoil(engine):
+        if engine.state.iteration == 1:
+            grad = model_of(trainer).weight.grad
+            grad[0, 0], grad[0, 1] = INF, -INF
+
+    assert trainer.run(batches(3)).skipped_steps == 1
+
+
+def test_a_bad_batch_spoils_its_whole_window_and_no_other():
+    trainer = trainer_of(accumulation_steps=2)
+    NonFiniteGuard("skip").attach(trainer)
+    trainer.run(poisoned(6, at=3))
+    data = batches(6)
+    expected = trainer_of(accumulation_steps=2)
+    expected.run(data[:2] + data[4:])
+    assert same(weights(model_of(trainer)), weights(model_of(expected)))
+
+
+def test_the_iteration_named_is_the_bad_one_of_the_window():
+    trainer = trainer_of(accumulation_steps=3)
+    NonFiniteGuard().attach(trainer)
+    with pytest.raises(FloatingPointError, match="the loss of iteration 2 is nan, at optimizer step 1"):
+        trainer.run(poisoned(6, at=2))
+
+
+def test_it_looks_before_clipping_turns_an_infinity_into_nothing():
+    trainer = trainer_of()
+    NonFiniteGuard("skip").attach(trainer)
+    GradientClipping(function=lambda parameters: [p.grad.nan_to_num_() for p in parameters]).attach(trainer)
+    bad_gradient(trainer, "weight")
+    assert trainer.run(batches(3)).skipped_steps == 1
+
+
+def test_no_schedule_or_history_moves():
+    trainer = trainer_of()
+    history = LRHistory().attach(trainer)
+    NonFiniteGuard("skip").attach(trainer)
+    trainer.run(poisoned())
+    assert [step for step, _ in history.history["lr"]] == [1, 2, 3]
+
+
+def test_a_scalers_overflow_is_not_the_guards_business():
+    trainer = trainer_of(amp="fp16")
+    NonFiniteGuard().attach(trainer)
+    x, y = batches(1)[0]
+    assert trainer.run([(x * 1e3, y * 1e3), *batches(2)]).skipped_steps >= 1
+    assert all(tensor.isfinite().all() for tensor in weights(model_of(trainer)))
+
+
+def test_a_loss_that_is_nan_under_fp16_is_its_business():
+    trainer = trainer_of(amp="fp16")
+    NonFiniteGuard().attach(trainer)
+    with pytest.raises(FloatingPointError, match="the loss of iteration 2 is nan"):
+        trainer.run(poisoned())
+
+
+def test_without_the_guard_nan_is_the_users_to_see():
+    trainer = trainer_of()
+    trainer.run(poisoned())
+    assert model_of(trainer).weight.isnan().any()
+
+
+def test_the_trainer_can_be_run_again_after_it_raised():
+    trainer = trainer_of()
+    NonFiniteGuard().attach(trainer)
+    with pytest.raises(FloatingPointError, match="iteration 1 is nan"):
+        trainer.run(poisoned(at=1))
+    trainer.run(batches(4))
+    assert same(weights(model_of(trainer)), weights(model_of_clean_run()))
+
+
+def model_of_clean_run():
+    trainer = trainer_of()
+    trainer.run(batches(4))
+    return model_of(trainer)
+
+
+def test_parameters_without_a_gradient_are_passed_over():
+    model = torch.nn.ModuleDict({"used": linear(), "unused": linear()})
+    trainer = create_trainer(
+        model, sgd(model), None, compute_loss=lambda m, batch: torch.nn.functional.mse_loss(m["used"](batch[0]), batch[1])
+    )
+    NonFiniteGuard().attach(trainer)
+    assert trainer.run(batches(3)).optimizer_step == 3
+
+
+@pytest.mark.parametrize("action", ["ignore", None, 3])
+def test_an_unknown_action_is_an_error(action):
+    with pytest.raises(ValueError, match="action must be one of 'raise', 'skip', 'stop', got"):
+        NonFiniteGuard(action)
