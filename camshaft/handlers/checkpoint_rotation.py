@@ -84,6 +84,7 @@ class CheckpointRotation(Handler):
         self._writer: CheckpointWriter | None = None
         self._requested = False
         self._score: tuple[int, float] | None = None
+        self._given: tuple[int, float | None] = -1, None
         self._saved_at: tuple[int, bool] | None = None
         self._saved_when = time.monotonic()
 
@@ -149,7 +150,7 @@ class CheckpointRotation(Handler):
         """A new run has saved nothing yet, a resumed one has nothing new."""
         resumed = engine.state.iteration > 0
         self._requested, self._score, self._saved_at = False, None, self._now(engine) if resumed else None
-        self._saved_when = time.monotonic()
+        self._saved_when, self._given = time.monotonic(), (-1, None)
         if self.watch is not None:
             self.watch.start(engine)
 
@@ -227,9 +228,10 @@ class CheckpointRotation(Handler):
         engine, state = self.engine, self.engine.state
         self._requested = False
         step = next(iter(engine.phases.values())).optimizer_step
-        score = None
+        score = self._given[1] if self._given[0] == step else None  # saved again, it is the same weights' score
         if self._score is not None and self._score[0] >= state.optimizer_step - 1:
             score, self._score = self._score[1], None
+        self._given = step, score
         metrics = {name: _finite(value) for name, value in state.metrics.items()}
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         entry = Entry(file_name(step), step, state.iteration, state.epoch, score, metrics, when)
