@@ -1,0 +1,248 @@
+"""What a step costs, in counts: events, calls, waits, memory. Times are the benchmark's."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch import nn
+
+from camshaft import (
+    ExponentialMovingAverage,
+    LRHistory,
+    NonFiniteGuard,
+    Progress,
+    StepEvents,
+    create_trainer,
+)
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+"""What makes the host wait for the device."""
+BATCHES = 12
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if options.pop("scheduled", False):
+        options["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)
+    data = [(torch.randn(3, 4), torch.randn(3, 2)) for _ in range(BATCHES)]
+    return create_trainer(model, optimizer, nn.functional.mse_loss, **options), data
+
+
+class Waits:
+    """Counts the calls, on any tensor, that make the host wait."""
+
+    def __init__(self):
+        self.counted = Counter()
+        self._patches = [mock.patch.object(torch.Tensor, name, self._counting(name)) for name in WAITS]
+
+    def _counting(self, name):
+        original = getattr(torch.Tensor, name)
+
+        def counting(tensor, *args, **kwargs):
+            self.counted[name] += 1
+            return original(tensor, *args, **kwargs)
+
+        return counting
+
+    def __enter__(self):
+        for patch in self._patches:
+            patch.start()
+        return self.counted
+
+    def __exit__(self, *_):
+        for patch in self._patches:
+            patch.stop()
+
+
+def waits_of_an_epoch(trainer, data):
+    """The waits of the epoch's iterations; what surrounds them may wait once."""
+    waits = Waits()
+    trainer.add_event_handler(Events.EPOCH_STARTED, waits.__enter__)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, waits.__exit__)
+    trainer.run(data)
+    return waits.counted
+
+
+@pytest.fixture
+def fired(monkeypatch):
+    """The names of the events that any trainer fires, in order."""
+    from camshaft.engines.loop import LoopEngine
+
+    names, original = [], LoopEngine._fire_event
+
+    def noting(engine, event, *args, **kwargs):
+        names.append(getattr(event, "name", event))
+        return original(engine, event, *args, **kwargs)
+
+    monkeypatch.setattr(LoopEngine, "_fire_event", noting)
+    return names
+
+
+def test_an_iteration_without_listeners_fires_nothing(fired):
+    trainer, data = make()
+    trainer.run(data)
+    inside = {event.name for event in StepEvents} | {"ITERATION_STARTED", "ITERATION_COMPLETED", "GET_BATCH_STARTED"}
+    assert not inside & set(fired)
+    assert fired.count("EPOCH_COMPLETED") == 1
+
+
+def test_an_event_with_a_listener_fires_alone(fired):
+    trainer, data = make(accumulation_steps=4)
+    trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda: None)
+    trainer.run(data)
+    counts = Counter(name for name in fired if name in StepEvents.__members__)
+    assert counts == {"GRADIENTS_CLIPPED": BATCHES // 4}
+
+
+def test_a_removed_listener_costs_as_little_as_none(fired):
+    trainer, data = make()
+    handle = trainer.add_event_handler(StepEvents.FORWARD_STARTED, lambda: None)
+    handle.remove()
+    trainer.run(data)
+    assert "FORWARD_STARTED" not in fired
+
+
+def test_asking_who_listens_calls_no_function():
+    trainer, _ = make()
+    known = vars(trainer.heard)
+    assert {event.value for event in [*StepEvents, *Events]} <= set(known)
+    assert not any(known[event.value] for event in StepEvents)
+
+
+@pytest.mark.parametrize(("event", "calls"), [(StepEvents.GRADIENTS_READY, BATCHES), (StepEvents.GRADIENTS_READY(every=5), 2)])
+def test_a_handler_is_called_when_its_filter_says_so_and_not_otherwise(event, calls):
+    trainer, data = make()
+    seen = []
+    trainer.add_event_handler(event, lambda: seen.append(1))
+    trainer.run(data)
+    assert len(seen) == calls
+
+
+def test_a_filter_by_count_is_decided_without_a_call():
+    trainer, data = make()
+    event = StepEvents.GRADIENTS_READY(every=5)
+    asked, original = [], event.filter
+    trainer.add_event_handler(event, lambda: None)
+    listener = trainer._event_handlers[event][0][0]
+    listener.test = lambda engine, clock: asked.append(clock) or original(engine, clock)
+    trainer.run(data)
+    assert asked == []
+
+
+def test_the_batch_is_not_moved_where_it_is_on_the_device(monkeypatch):
+    trainer, data = make()
+    moved, original = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: moved.append(1) or original(self, *args, **kwargs))
+    trainer.run(data)
+    assert moved == []
+
+
+def test_training_mode_is_set_once():
+    trainer, data = make()
+    model, calls = trainer.lead.module.eval(), []
+    with mock.patch.object(nn.Sequential, "train", lambda self, mode=True: calls.append(1) or nn.Module.train(self, mode)):
+        trainer.run(data, max_epochs=2)
+    assert model.training
+    assert len(calls) == 1
+
+
+def test_nothing_in_a_step_waits_for_the_device():
+    trainer, data = make(clip_grad_norm=1.0, scheduled=True, accumulation_steps=2)
+    LRHistory().attach(trainer)
+    assert waits_of_an_epoch(trainer, data) == {}
+
+
+def test_an_average_of_the_weights_asks_nothing_but_the_counter_that_torch_keeps_on_the_host():
+    trainer, data = make()
+    average = ExponentialMovingAverage(0.9).attach(trainer)
+    counted = waits_of_an_epoch(trainer, data)
+    assert set(counted) == {"__bool__"}  # AveragedModel: "if self.n_averaged == 0", twice an update
+    assert counted["__bool__"] <= 2 * BATCHES
+    assert average.averaged.n_averaged.device.type == "cpu"
+
+
+def test_the_count_of_waits_finds_a_wait():
+    trainer, data = make()
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda engine: float(engine.state.loss))
+    assert waits_of_an_epoch(trainer, data)["__float__"] == BATCHES
+
+
+@pytest.mark.parametrize("amp", ["fp16", None])
+def test_scaler_and_guard_share_one_transfer_per_optimizer_step(amp):
+    trainer, data = make(amp=amp, accumulation_steps=3, clip_grad_norm=1.0)
+    NonFiniteGuard("skip").attach(trainer)
+    waits = waits_of_an_epoch(trainer, data)
+    assert waits["tolist"] == BATCHES // 3
+
+
+def test_the_progress_bar_reads_the_loss_only_when_it_draws():
+    trainer, data = make()
+    Progress(every_seconds=1e9, file=mock.MagicMock()).attach(trainer)
+    assert sum(waits_of_an_epoch(trainer, data).values()) <= 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_ten_thousand_iterations():
+    trainer, data = make(clip_grad_norm=1.0, scheduled=True, accumulation_steps=2)
+    ExponentialMovingAverage(0.9).attach(trainer)
+    NonFiniteGuard().attach(trainer)
+    held = {}
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=[1_000, 10_999]))
+    def look(engine):
+        gc.collect()
+        held[engine.state.iteration] = tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        trainer.run(data, max_iters=11_000)
+    finally:
+        tracemalloc.stop()
+    assert held[10_999] - held[1_000] < 40_000  # one number kept at each step would make 120,000
+
+
+def test_the_history_of_rates_takes_sixteen_bytes_a_step():
+    trainer, data = make()
+    history = LRHistory().attach(trainer)
+    trainer.run(data, max_epochs=100)
+    held = [*history._steps.values(), *history._rates.values()]
+    assert sum(column.itemsize * len(column) for column in held) == 16 * BATCHES * 100
+
+
+def test_nothing_of_the_graph_outlives_the_iteration():
+    trainer, data = make(clip_grad_norm=1.0)
+    ExponentialMovingAverage(0.9).attach(trainer)
+    NonFiniteGuard().attach(trainer)
+    graph, alive = [], []
+
+    @trainer.on(StepEvents.FORWARD_COMPLETED)
+    def note(engine):
+        alive.extend(reference() is not None for reference in graph)
+        state = engine.state
+        graph[:] = [weakref.ref(state.loss), weakref.ref(state.y_pred)]
+
+    trainer.run(data)
+    assert alive == [False] * 2 * (BATCHES - 1)
+    assert [reference() for reference in graph] == [None] * 2
+
+
+def test_what_the_state_shows_between_iterations_has_no_graph():
+    trainer, data = make()
+    shown = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def look(engine):
+        state = engine.state
+        shown.extend(tensor.requires_grad for tensor in (state.x, state.y, state.y_pred, state.loss, state.output))
+
+    trainer.run(data)
+    assert shown == [False] * 5 * BATCHES
