@@ -221,10 +221,12 @@ def flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def fetched(values: Mapping[str, Any]) -> dict[str, float]:
     """The values as floats; those on a device come in one transfer."""
-    names = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
-    numbers = {name: float(value) for name, value in values.items() if not isinstance(value, torch.Tensor)}
-    if names:
-        device = values[names[0]].device
-        stacked = torch.stack([values[name].detach().to(device, torch.float32).reshape(()) for name in names])
-        numbers |= dict(zip(names, stacked.tolist(), strict=True))
+    held = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: float(value) for name, value in values.items() if name not in held}
+    if len(held) == 1:  # nothing to stack
+        numbers |= {name: float(value) for name, value in held.items()}
+    elif held:
+        device = next(iter(held.values())).device
+        stacked = torch.stack([value.to(device, torch.float32).reshape(()) for value in held.values()])
+        numbers |= dict(zip(held, stacked.tolist(), strict=True))
     return {name: numbers[name] for name in values}
