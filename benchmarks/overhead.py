@@ -49,7 +49,7 @@ class Comparison:
     rivals: tuple[str, ...]
     size: str = "tiny"
     batches: int = 100
-    rounds: int = 41
+    rounds: int = 21
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def comparisons() -> Iterator[Comparison]:
     for library, baseline in (("camshaft", "camshaft"), ("Ignite", "Ignite")):
         for kind in ("running", "sleeping"):
             rivals = tuple(f"{library}, {count} {kind}" for count in COUNTS)
-            yield Comparison(f"handlers {kind}", baseline, rivals, rounds=21)
+            yield Comparison(f"handlers {kind}", baseline, rivals)
     for rival in ("camshaft", "blog template", "Ignite"):
         yield Comparison("large", "bare loop", (rival,), size="large", batches=16)
     yield Comparison("large, everything", "bare loop, everything", ("camshaft, everything",), size="large", batches=16)
@@ -184,6 +184,7 @@ def spread(results: list[Result]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="nine rounds each, measured once")
+    parser.add_argument("--attempts", type=int, default=2, help="how often to measure while the quartiles are far apart")
     parser.add_argument("--only", action="append", metavar="SCENARIO", help="may be given several times")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -207,7 +208,9 @@ def main() -> None:
             comparison = Comparison(**asdict(comparison) | {"rounds": 9})
         module = missing(comparison)
         found = (
-            f"{module} is not installed" if module else run_steadily(comparison, arguments.clock, 1 if arguments.quick else 3)
+            f"{module} is not installed"
+            if module
+            else run_steadily(comparison, arguments.clock, 1 if arguments.quick else arguments.attempts)
         )
         if isinstance(found, str):
             skipped[comparison.rivals[0]] = found
