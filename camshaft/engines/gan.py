@@ -263,7 +263,7 @@ class Judging:
         with torch.no_grad():
             fake = players.samples(engine)
         state.y_pred = fake
-        loss = self.loss(players.scores(engine, state.x), players.scores(engine, fake))
+        loss: torch.Tensor = self.loss(players.scores(engine, state.x), players.scores(engine, fake))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise bad_loss(loss, f"the loss of the discriminator (from {self.described}){where(engine)}")
         losses = state.losses  # noted here and not by the step, which would take three times as long over it
@@ -275,14 +275,17 @@ class Judging:
         losses["penalty"] = penalty.detach()
         return loss + penalty
 
-    def penalty(self, engine: Any, fake: torch.Tensor) -> Any:
+    def penalty(self, engine: Any, fake: torch.Tensor) -> torch.Tensor | None:
         """The sum of the penalties that are due in the discriminator's coming step; ``None`` where none is."""
-        state, players, total = engine.state, self.players, None
+        state, players = engine.state, self.players
+        total: torch.Tensor | None = None
         step = engine.lead.optimizer_step + 1
         conditions = (state.y,) if players.conditional else ()
         for penalty, every in self.penalties:
             if step % every == 0:
-                value = penalty(players.discriminator, state.x, fake, *conditions)
+                value: torch.Tensor = penalty(players.discriminator, state.x, fake, *conditions)
+                if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                    raise bad_loss(value, f"the penalty {name_of(penalty)}{where(engine)}")
                 total = value if total is None else total + value
         return total
 
@@ -308,7 +311,7 @@ class Forging:
     def __call__(self, engine: Any, _: Any) -> torch.Tensor:
         state, players = engine.state, self.players
         state.y_pred = fake = players.samples(engine)
-        loss = self.loss(players.scores(engine, fake))
+        loss: torch.Tensor = self.loss(players.scores(engine, fake))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise bad_loss(loss, f"the loss of the generator (from {self.described}){where(engine)}")
         state.losses["generator_loss"] = loss.detach()

@@ -91,9 +91,7 @@ def assert_same_bits(networks: list[nn.Module], trainer: Trainer) -> None:
 @pytest.mark.parametrize(("window", "max_norm"), [(1, None), (1, 0.5), (4, None), (4, 0.5)])
 def test_wgan_gp_is_the_loop_by_hand_bit_for_bit(k: int, window: int, max_norm: float | None) -> None:
     expected, _ = wgan_gp_by_hand(k, window, max_norm)
-    trainer, _ = engine(
-        penalty=GradientPenalty(), discriminator_steps=k, accumulation_steps=window, clip_grad_norm=max_norm
-    )
+    trainer, _ = engine(penalty=GradientPenalty(), discriminator_steps=k, accumulation_steps=window, clip_grad_norm=max_norm)
     assert trainer.phases["generator"].optimizer_step == ITERATIONS // window // k
     assert_same_bits(expected, trainer)
 

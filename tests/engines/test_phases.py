@@ -1,0 +1,203 @@
+"""Phases of one's own: any alternating scheme, by the same step as the supervised trainer's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from camshaft import Events, GradientClipping, LRScheduling, MixedPrecision, Phase, StepEvents, Trainer
+from camshaft.handlers import GradientAccumulation
+
+
+def network() -> nn.Linear:
+    return nn.Linear(2, 1)
+
+
+def phase(name, module=None, objective=None, **settings):
+    module = network() if module is None else module
+    objective = objective or (lambda engine, batch: module(batch).square().mean())
+    return Phase(name, module, torch.optim.SGD(module.parameters(), lr=0.1), objective, **settings)
+
+
+def data(batches=6):
+    return [torch.randn(4, 2) for _ in range(batches)]
+
+
+def test_one_phase_is_the_loop_by_hand():
+    module, batches = network(), data()
+    twin = network()
+    twin.load_state_dict(module.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for batch in batches:
+        optimizer.zero_grad()
+        twin(batch).square().mean().backward()
+        optimizer.step()
+    Trainer([phase("only", module)]).run(batches)
+    assert torch.equal(module.weight, twin.weight)
+
+
+def test_three_phases_follow_the_first_at_their_intervals():
+    trainer = Trainer([phase("lead"), phase("second", interval=2), phase("third", interval=3)])
+    order = []
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda engine: order.append(engine.state.phase))
+    trainer.run(data(6))
+    expected = ["lead"], ["lead", "second"], ["lead", "third"], ["lead", "second"], ["lead"], ["lead", "second", "third"]
+    assert order == sum(expected, [])
+
+
+def test_each_phase_has_its_own_window_precision_clipping_and_schedule():
+    phases = [phase("lead"), phase("follower", interval=2)]
+    trainer = Trainer(phases)
+    MixedPrecision("bf16", phase="follower").attach(trainer)
+    GradientAccumulation(3, phase="follower").attach(trainer)
+    GradientClipping(1e-3, phase="lead").attach(trainer)
+    schedule = torch.optim.lr_scheduler.StepLR(phases[1].optimizers[0], 1, gamma=0.5)
+    LRScheduling(schedule).attach(trainer)
+    norms = []
+    trainer.add_event_handler(
+        StepEvents.GRADIENTS_CLIPPED, lambda engine: norms.append((engine.state.phase, engine.state.grad_norm is None))
+    )
+    trainer.run(data(4))
+    assert [p.forward_passes for p in phases] == [4, 6]
+    assert [p.autocast is None for p in phases] == [True, False]
+    assert set(norms) == {("lead", False), ("follower", True)}
+    assert trainer.learning_rates("follower") == [("follower/lr", 0.1 * 0.5**2)]
+
+
+def test_the_step_clock_is_that_of_the_phase_whose_events_fire():
+    trainer = Trainer([phase("lead"), phase("follower", interval=3)])
+    seen = []
+    trainer.add_event_handler(
+        StepEvents.OPTIMIZER_STEP_STARTED, lambda engine: seen.append((engine.state.phase, engine.state.optimizer_step))
+    )
+    trainer.run(data(6))
+    assert seen == [("lead", n) for n in (1, 2, 3)] + [("follower", 1)] + [("lead", n) for n in (4, 5, 6)] + [("follower", 2)]
+    assert trainer.state.optimizer_step == 2
+
+
+def test_a_step_that_a_handler_refuses_gives_no_turn():
+    trainer = Trainer([phase("lead"), phase("follower")])
+
+    @trainer.on(StepEvents.GRADIENTS_READY(phase="lead", once=2))
+    def refuse(engine):
+        if trainer.phases["lead"].skipped_steps == 0:
+            engine.refuse_step(torch.tensor(True))
+
+    trainer.run(data(4))
+    assert [p.optimizer_step for p in trainer.phases.values()] == [3, 3]
+    assert [p.skipped_steps for p in trainer.phases.values()] == [1, 0]
+
+
+@pytest.mark.parametrize("place", ["lead", "follower"])
+def test_modules_named_as_frozen_get_no_gradient_in_either_place(place):
+    other = network()
+    other.bias.requires_grad_(False)
+    own = network()
+
+    def through(engine, batch):
+        return other(own(batch).expand(-1, 2)).mean()
+
+    frozen = phase(place, own, through, frozen=(other,))
+    others = phase("lead", network()) if place == "follower" else phase("follower", network())
+    Trainer([frozen, others] if place == "lead" else [others, frozen]).run(data(2))
+    assert other.weight.grad is None
+    assert own.weight.grad is not None
+    assert [p.requires_grad for p in other.parameters()] == [True, False]
+
+
+def test_frozen_modules_are_as_before_where_the_objective_fails():
+    other = network()
+
+    def fail(engine, batch):
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        Trainer([phase("lead"), phase("follower", network(), fail, frozen=(other,))]).run(data(1))
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_named_losses_of_every_phase_are_kept_in_the_state():
+    module = network()
+
+    def objective(engine, batch):
+        loss = module(batch).square().mean()
+        return {"loss": loss, "size": loss.sqrt()}
+
+    trainer = Trainer([phase("lead"), phase("follower", module, objective, interval=2)], output=lambda e: dict(e.state.losses))
+    outputs = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.append(engine.state.output))
+    trainer.run(data(2))
+    assert outputs[0] == {}
+    assert list(outputs[1]) == ["size"]
+    assert not outputs[1]["size"].requires_grad
+
+
+def test_named_losses_come_back_from_a_checkpoint():
+    def make():
+        module = network()
+        follower = phase("follower", module, lambda engine, batch: {"loss": module(batch).mean(), "part": torch.tensor(3.0)})
+        return Trainer([phase("lead"), follower])
+
+    first, second = make(), make()
+    first.run(data(2))
+    second.restore(first.checkpoint())
+    assert second.state.losses == {"part": torch.tensor(3.0)}
+
+
+def test_an_open_window_at_the_end_of_data_of_unknown_length_is_followed_after_a_resume():
+    class Stream:
+        def __iter__(self):
+            return iter([torch.full((4, 2), float(n)) for n in range(3)])
+
+    def make():
+        torch.manual_seed(0)
+        seen = []
+        follower = network()
+
+        def objective(engine, batch):
+            seen.append(batch[0, 0].item())
+            return follower(batch).mean()
+
+        trainer = Trainer([phase("lead"), phase("follower", follower, objective)])
+        GradientAccumulation(2, phase="lead").attach(trainer)
+        return trainer, seen
+
+    stopped, _ = make()
+    stopped.add_event_handler(StepEvents.BACKWARD_COMPLETED(phase="lead", once=3), lambda: stopped.terminate())
+    stopped.run(Stream())
+    resumed, seen = make()
+    resumed.restore(stopped.checkpoint())
+    resumed.run(Stream(), max_epochs=1)
+    assert seen == [2.0]
+    assert resumed.phases["follower"].optimizer_step == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: phase("x", interval=0), ValueError, "interval must be a positive integer, got 0"),
+        (lambda: Phase("x", 3, None, len), TypeError, "model of phase 'x' must be a torch.nn.Module, got int"),
+        (lambda: phase("x", network(), 3), TypeError, "objective of phase 'x' must be callable, got int"),
+        (lambda: Trainer([]), TypeError, "phases must be a sequence of at least one Phase"),
+        (lambda: Trainer([phase("a"), phase("a")]), ValueError, "every phase needs a name of its own"),
+    ],
+)
+def test_schemes_that_can_t_be_are_errors(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_two_phases_can_t_train_the_same_parameters():
+    shared = network()
+    with pytest.raises(ValueError, match="phases 'a' and 'b' hold the same parameters"):
+        Trainer([phase("a", shared), phase("b", shared)])
+
+
+@pytest.mark.parametrize("result", [None, 1.0, {"size": 2}, torch.ones(3, requires_grad=True), torch.tensor(1.0)], ids=str)
+def test_a_loss_that_can_t_go_backward_names_the_phase_or_the_objective(result):
+    def objective(engine, batch):
+        return result
+
+    with pytest.raises((TypeError, ValueError), match="phase 'follower'|objective.* returned a mapping without 'loss'"):
+        Trainer([phase("lead"), phase("follower", network(), objective)]).run(data(1))
