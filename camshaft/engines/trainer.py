@@ -227,7 +227,9 @@ class Trainer(LoopEngine):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self._internal_run_generator is not None:  # interrupted: goes on inside the same epoch
-            return super().run(data, max_epochs, max_iters, epoch_length)
+            super().run(data, max_epochs, max_iters, epoch_length)
+            self._exit_if_asked()
+            return self.state
         if self._restored is not None:
             if self._is_finished(data, max_epochs, max_iters):
                 return self.state
@@ -238,14 +240,18 @@ class Trainer(LoopEngine):
         resumed = self._restored is not None
         super().run(data, max_epochs, max_iters, epoch_length)
         ended = self._internal_run_generator is None
-        if self.exit_code is not None:
-            raise SystemExit(self.exit_code)
+        self._exit_if_asked()
         if ended and not resumed and not self._asked_to_stop and self._steps_tried() == self._steps_before:
             raise RuntimeError(
                 f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
                 "every window was dropped by partial_window='drop'"
             )
         return self.state
+
+    def _exit_if_asked(self) -> None:
+        code, self.exit_code = self.exit_code, None  # where the exit is caught, the next run is an ordinary one
+        if code is not None:
+            raise SystemExit(code)
 
     def terminate(self, skip_completed: bool = False, reason: str | None = None) -> None:
         """Ends the run after the event in which this is called, as Ignite does.

@@ -31,7 +31,10 @@ class StopOnSignal(Handler):
     """
 
     def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        self.signals = tuple(signal.Signals(number) for number in signals)
+        try:
+            self.signals = tuple(signal.Signals(number) for number in signals)
+        except (TypeError, ValueError):
+            raise ValueError(f"signals must be a sequence such as (signal.SIGTERM, signal.SIGINT), got {signals!r}") from None
         if not self.signals:
             raise ValueError("signals must name at least one signal")
         self.received: signal.Signals | None = None
@@ -59,7 +62,7 @@ class StopOnSignal(Handler):
     @on(Events.ITERATION_COMPLETED, place=Place.JUDGE)
     def look(self, engine: Any) -> None:
         """Ends the run where a signal has come and no window is open."""
-        if self.received is not None and not engine.window_is_open:
+        if self.received is not None and not getattr(engine, "window_is_open", False):
             self._stop(engine)
 
     @on(Events.EPOCH_COMPLETED, place=Place.JUDGE)
@@ -72,7 +75,23 @@ class StopOnSignal(Handler):
         assert self.received is not None
         stop(engine, f"{self.received.name} received")
 
-    @on(Events.COMPLETED | Events.INTERRUPT | Events.EXCEPTION_RAISED, place=Place.SAVE + 1)
+    @on(Events.INTERRUPT, place=Place.SAVE + 1)
+    def pause(self, engine: Any) -> None:
+        """Stops listening until the run goes on, which fires no ``STARTED``."""
+        self.leave(engine)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._go_on)
+
+    def _go_on(self, engine: Any) -> None:
+        engine.remove_event_handler(self._go_on, Events.ITERATION_STARTED)
+        self.listen(engine)
+
+    @on(Events.TERMINATE, place=Place.SAVE + 1)
+    def leave_without_completed(self, engine: Any) -> None:
+        """The end of a run whose ``COMPLETED`` was asked to be left out."""
+        if engine.should_terminate == "skip_completed":
+            self.leave(engine)
+
+    @on(Events.COMPLETED | Events.EXCEPTION_RAISED, place=Place.SAVE + 1)
     def leave(self, engine: Any, *_: Any) -> None:
         """Last of all: stops listening and, where a signal has come, has the process exit when the run has ended."""
         self._restore()
@@ -82,6 +101,8 @@ class StopOnSignal(Handler):
     def on_detach(self, engine: Any) -> None:
         """Stops listening."""
         self._restore()
+        if engine.has_event_handler(self._go_on, Events.ITERATION_STARTED):
+            engine.remove_event_handler(self._go_on, Events.ITERATION_STARTED)
 
     def _restore(self) -> None:
         if self._before and threading.current_thread() is threading.main_thread():
