@@ -68,6 +68,10 @@ class Progress(Handler):
             self.bar.close()
             self.bar = None
 
+    def on_detach(self, engine: Any) -> None:
+        """Closes the bar."""
+        self.close(engine)
+
     def _draw(self, state: Any, with_metrics: bool = False) -> None:
         shown = shown_values(state.output)
         if with_metrics:
