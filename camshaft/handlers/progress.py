@@ -54,6 +54,8 @@ class Progress(Handler):
     @on(Events.ITERATION_COMPLETED, place=Place.LOG)
     def advance(self, engine: Any) -> None:
         """Counts, and redraws where it is time."""
+        if self.bar is None:  # attached or detached inside this iteration
+            return
         self._count += 1
         now = time.monotonic()
         if now >= self._next:
