@@ -223,7 +223,7 @@ def main() -> None:
                 f"of {result.per_iteration:.0f} us, x{result.ratio:.3f}, weights {result.weights}",
                 flush=True,
             )
-    write(results, skipped, arguments.results, arguments.clock)
+        write(results, skipped, arguments.results, arguments.clock)  # each time: what is there outlasts an interruption
     if not arguments.only:
         draw(results, arguments.picture)
 
