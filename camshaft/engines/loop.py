@@ -246,7 +246,7 @@ class LoopEngine(Engine):
                     yield from self._maybe_terminate_or_interrupt()
                 if position == state.epoch_length:
                     break
-                if state.iteration == state.max_iters:
+                if state.max_iters is not None and state.iteration >= state.max_iters:
                     self._data_stopped()
                     self.should_terminate = True
                     raise _EngineTerminateException
@@ -259,8 +259,10 @@ class LoopEngine(Engine):
 
     def _learn_epoch_length(self, length: int) -> None:
         state = self.state
+        if state.max_iters is not None and not length:
+            raise RuntimeError("the data gave no batch, so that max_iters would never be reached; give a loader that isn't empty")
         state.epoch_length = length
-        if state.max_iters is not None and length:
+        if state.max_iters is not None:
             state.max_epochs = math.ceil(state.max_iters / length)
 
     def _warn_of_missing_data(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,64 +10,18 @@ import torch
 from ignite.engine import Engine, Events, State
 from torch.utils.data import DataLoader
 
-from camshaft.engines.data import DataPlace, length_of
-from camshaft.engines.epoch_metrics import metric_states, restore_metrics
+from camshaft.engines.checkpoint import content_of, is_finished, restore
+from camshaft.engines.data import DataPlace
+from camshaft.engines.epoch_metrics import restore_metrics
 from camshaft.engines.explain import explain
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
-from camshaft.events import STEP_CLOCKS, Handler, StepEvents, pack
-from camshaft.metrics import Metrics
-from camshaft.randomness import restore_rng, rng_state
+from camshaft.engines.state import TrainerState
+from camshaft.events import Handler, StepEvents
+from camshaft.randomness import restore_rng
 from camshaft.rates import group_rates
 
-__all__ = ["Trainer", "TrainerState"]
-
-logger = logging.getLogger("camshaft")
-
-FORMAT = 1
-"""The version of what a checkpoint holds."""
-
-
-class TrainerState(State):
-    """``trainer.state``: Ignite's fields, the second clock, and this iteration's tensors."""
-
-    optimizer_step: int = 0
-    """The number of optimizer steps completed; while a step's events fire, the number of the one being made."""
-    skipped_steps: int = 0
-    """How many optimizer steps the scaler or a guard refused."""
-    phase: str = ""
-    """The name of the phase whose events fire."""
-    x: Any = None
-    y: Any = None
-    y_pred: Any = None
-    loss: Any = None
-    """The undivided loss of this batch, on the device."""
-    grad_norm: torch.Tensor | None = None
-    """The gradient's total norm before clipping, on the device; ``None`` where nobody measures it."""
-    stop_reason: str | None = None
-    """Why the run ended early."""
-    epoch_is_open: bool = False
-    """Whether an epoch has begun whose ``EPOCH_COMPLETED`` has not fired yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.losses: dict[str, Any] = {}
-        """The named entries of the objectives' mappings, detached."""
-        self.metrics = Metrics()
-
-    @property
-    def metrics(self) -> Metrics:
-        """Evaluation results under ``"<prefix>/<metric>"``."""
-        return self._metrics
-
-    @metrics.setter
-    def metrics(self, values: dict[str, Any]) -> None:
-        self._metrics = values if isinstance(values, Metrics) else Metrics(values)
-
-    def get_event_attrib_value(self, event_name: Any) -> int:
-        """The value of the clock on which an event counts."""
-        clock = STEP_CLOCKS.get(getattr(event_name, "name", event_name))
-        return super().get_event_attrib_value(event_name) if clock is None else int(getattr(self, clock))
+__all__ = ["Trainer"]
 
 
 class Trainer(LoopEngine):
@@ -106,12 +58,12 @@ class Trainer(LoopEngine):
         """The attached handlers of this package, by name."""
         self.phases = {phase.name: phase for phase in phases}
         """The phases by name, in order."""
-        self.lead, self._followers = phases[0], tuple(phases[1:])
+        self.lead, self.followers = phases[0], tuple(phases[1:])
         self._output = output
-        self._batch: Any = None
-        self._place = DataPlace()
+        self.batch_to_follow: Any = None
+        self.place = DataPlace()
         self._restored: Mapping[str, Any] | None = None
-        self._length_is_learned = False
+        self.length_is_learned = False
         self._asked_to_stop = False
         self._steps_before = 0
         self.exit_code: int | None = None
@@ -131,23 +83,23 @@ class Trainer(LoopEngine):
                 completed = lead.run(self, batch)
         else:
             completed = lead.run(self, batch)
-        if self._followers:
-            self._batch = batch
+        if self.followers:
+            self.batch_to_follow = batch
             self._follow(completed)
         return self.state.loss if self._output is None else self._output(self)
 
     def _follow(self, completed: bool) -> None:
         """Gives the other phases their turn after a completed step of the first."""
-        for phase in self._followers:
+        for phase in self.followers:
             if completed and self.lead.optimizer_step % phase.interval == 0:
-                phase.run_window(self, self._batch)
-        main = self._followers[-1]  # between iterations the clock is that of the last phase
+                phase.run_window(self, self.batch_to_follow)
+        main = self.followers[-1]  # between iterations the clock is that of the last phase
         self.state.optimizer_step, self.state.skipped_steps = main.optimizer_step, main.skipped_steps
 
     def _data_stopped(self) -> None:
         if self.lead.window_is_open:
             completed = self.lead.stop_window(self)
-            if self._followers:
+            if self.followers:
                 self._follow(completed)
 
     @property
@@ -231,7 +183,7 @@ class Trainer(LoopEngine):
             self._exit_if_asked()
             return self.state
         if self._restored is not None:
-            if self._is_finished(data, max_epochs, max_iters):
+            if is_finished(self, self._restored, data, max_epochs, max_iters):
                 return self.state
             max_epochs = max_iters = None
         else:
@@ -322,10 +274,10 @@ class Trainer(LoopEngine):
             self._listeners.pop("EPOCH_STARTED", None)
             if self.state.epoch_is_open or not restored["data"]["spent"]:
                 self._init_iter = restored["clocks"]["epoch_iteration"] if self.state.epoch_is_open else 0
-                self._dataloader_iter = self._place.resume(data, restored["data"], self.state.iteration)
+                self._dataloader_iter = self.place.resume(data, restored["data"], self.state.iteration)
                 return
-            self._place.resume(data, restored["data"], self.state.iteration)
-        self._place.begin(data, self.state.iteration, self.state.epoch)
+            self.place.resume(data, restored["data"], self.state.iteration)
+        self.place.begin(data, self.state.iteration, self.state.epoch)
         super()._setup_dataloader_iter()
 
     def _run_once_on_dataset_as_gen(self) -> Generator[State, None, float]:
@@ -336,11 +288,14 @@ class Trainer(LoopEngine):
 
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)
-        self._length_is_learned = True
+        self.length_is_learned = True
 
     @staticmethod
     def _is_done(state: State) -> bool:
-        return not getattr(state, "epoch_is_open", False) and Engine._is_done(state)
+        if not getattr(state, "epoch_is_open", False):
+            return Engine._is_done(state)
+        reached = state.max_iters is not None and state.iteration >= state.max_iters
+        return reached and not (state.epoch_length and state.iteration % state.epoch_length == 0)  # that epoch is to be completed
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -353,30 +308,7 @@ class Trainer(LoopEngine):
         Raises:
             TypeError: names whatever a checkpoint can't carry.
         """
-        state, waiting = self.state, self._restored  # restored, and not run since: the data stands where it stood
-        content = {
-            "format": FORMAT,
-            "clocks": {
-                "iteration": state.iteration,
-                "epoch": state.epoch,
-                "epoch_length": state.epoch_length,
-                "max_epochs": state.max_epochs,
-                "max_iters": state.max_iters,
-                "epoch_iteration": self.epoch_iteration,
-                "epoch_is_open": state.epoch_is_open,
-                "length_is_learned": self._length_is_learned,
-            },
-            "phases": {name: phase.state_dict() for name, phase in self.phases.items()},
-            "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
-            "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},
-            "losses": {name: value for name, value in state.losses.items() if isinstance(value, (int, float, torch.Tensor))},
-            "batch": self._batch_to_follow(),
-            "epoch_metrics": metric_states(self),
-            "rng": rng_state() if waiting is None else waiting["rng"],
-            "data": self._place.state_dict(state.iteration, self._pass_is_spent()) if waiting is None else waiting["data"],
-        }
-        packed: dict[str, Any] = pack(content, "the checkpoint")
-        return packed
+        return content_of(self)
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Sets everything back to where :meth:`checkpoint` was called; the next :meth:`run` goes on from there.
@@ -387,81 +319,7 @@ class Trainer(LoopEngine):
         Raises:
             ValueError: where it belongs to another model, optimizer or scheme; nothing has been changed then.
         """
-        if content.get("format") != FORMAT:
-            raise ValueError(f"the file isn't a checkpoint of this package's format {FORMAT}: format {content.get('format')!r}")
-        if list(content["phases"]) != list(self.phases):
-            raise ValueError(f"the checkpoint has the phases {list(content['phases'])}, this trainer {list(self.phases)}")
-        for name, phase in self.phases.items():
-            phase.check_state_dict(content["phases"][name])
-        for name, phase in self.phases.items():
-            phase.load_state_dict(content["phases"][name])
-        self._restore_handlers(content["handlers"])
-        clocks, state = content["clocks"], self.state
-        for name in ("iteration", "epoch", "epoch_length", "max_epochs", "max_iters", "epoch_is_open"):
-            setattr(state, name, clocks[name])
-        self.epoch_iteration = clocks["epoch_iteration"]
-        self._length_is_learned = clocks["length_is_learned"]
-        main = list(self.phases.values())[-1]
-        state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
-        state.metrics.recall(content["metrics"])
-        state.losses = dict(content["losses"])
-        self._batch, state.x, state.y = content["batch"], None, None
-        self.should_terminate = self.should_terminate_single_epoch = False
-        self._internal_run_generator = self._dataloader_iter = self._init_iter = None
-        self._restored = content
-
-    def _batch_to_follow(self) -> Any:
-        """The last batch, where data of unknown length may end here and the open window's followers will ask for it."""
-        if not self._followers or not self.lead.window_is_open or self.state.epoch_length is not None:
-            return None
-        try:
-            return pack(self._batch, "the batch")
-        except TypeError:
-            return None
-
-    def _restore_handlers(self, saved: Mapping[str, Any]) -> None:
-        for name, handler in self.handlers.items():
-            if name in saved:
-                handler.load_state_dict(saved[name])
-        added = [name for name, handler in self.handlers.items() if name not in saved]
-        removed = [name for name, state in saved.items() if name not in self.handlers and state]
-        if added or removed:
-            parts = [f"{text} {', '.join(names)}" for text, names in (("new since:", added), ("gone:", removed)) if names]
-            warnings.warn(
-                f"resume: the handlers are not those of the checkpoint ({'; '.join(parts)}); the new ones start afresh",
-                stacklevel=3,
-            )
-
-    def _pass_is_spent(self) -> bool:
-        """Whether the present pass over the data has given all that it has."""
-        state, taken = self.state, self._place.taken(self.state.iteration)
-        length = length_of(state.dataloader)
-        if length is None and self._length_is_learned:
-            length = state.epoch_length
-        return length is not None and taken >= length
-
-    def _is_finished(self, data: Any, max_epochs: int | None, max_iters: int | None) -> bool:
-        """Takes the limits of a resumed run over, and says whether they are reached already."""
-        if max_epochs is not None and max_iters is not None:
-            raise ValueError("max_epochs and max_iters exclude each other; give only one of them")
-        assert self._restored is not None
-        before, now = self._restored["data"]["length"], length_of(data)
-        if before is not None and now is not None and before != now:
-            raise ValueError(
-                f"the data has {now} batches, the checkpoint was written with {before}: the run can't go on exactly. Use the "
-                "same data and batch size, or start a new run from its weights"
-            )
-        state = self.state
-        if max_epochs is not None or max_iters is not None:
-            state.max_epochs, state.max_iters = max_epochs, max_iters
-        if state.max_epochs is None and state.max_iters is None:
-            state.max_epochs = 1
-        if self._is_done(state):
-            logger.info("nothing to do: epoch %d, iteration %d is the end already", state.epoch, state.iteration)
-            return True
-        if state.epoch_is_open:
-            state.epoch -= 1  # Ignite counts it again
-        return False
+        restore(self, content)
 
 
 def check_phases(phases: Sequence[Phase]) -> None:

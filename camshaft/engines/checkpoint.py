@@ -1,0 +1,151 @@
+"""What a checkpoint holds of a trainer, and how a trainer is set back to it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from camshaft.engines.data import length_of
+from camshaft.engines.epoch_metrics import metric_states
+from camshaft.events import pack
+from camshaft.randomness import rng_state
+
+if TYPE_CHECKING:
+    from camshaft.engines.trainer import Trainer
+
+__all__ = ["content_of", "is_finished", "restore"]
+
+logger = logging.getLogger("camshaft")
+
+FORMAT = 1
+"""The version of what a checkpoint holds."""
+
+
+def content_of(trainer: Trainer) -> dict[str, Any]:
+    """What :meth:`Trainer.checkpoint` gives.
+
+    Returns:
+        A dict that ``torch.load(weights_only=True)`` can read back; :meth:`restore` takes it. Its tensors are the live ones.
+
+    Raises:
+        TypeError: names whatever a checkpoint can't carry.
+    """
+    state, waiting = trainer.state, trainer._restored  # restored, and not run since: the data stands where it stood
+    content = {
+        "format": FORMAT,
+        "clocks": {
+            "iteration": state.iteration,
+            "epoch": state.epoch,
+            "epoch_length": state.epoch_length,
+            "max_epochs": state.max_epochs,
+            "max_iters": state.max_iters,
+            "epoch_iteration": trainer.epoch_iteration,
+            "epoch_is_open": state.epoch_is_open,
+            "length_is_learned": trainer.length_is_learned,
+        },
+        "phases": {name: phase.state_dict() for name, phase in trainer.phases.items()},
+        "handlers": {name: handler.state_dict() for name, handler in trainer.handlers.items()},
+        "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},
+        "losses": {name: value for name, value in state.losses.items() if isinstance(value, (int, float, torch.Tensor))},
+        "batch": batch_to_follow(trainer),
+        "epoch_metrics": metric_states(trainer),
+        "rng": rng_state() if waiting is None else waiting["rng"],
+        "data": trainer.place.state_dict(state.iteration, pass_is_spent(trainer)) if waiting is None else waiting["data"],
+    }
+    packed: dict[str, Any] = pack(content, "the checkpoint")
+    return packed
+
+
+def restore(trainer: Trainer, content: Mapping[str, Any]) -> None:
+    """What :meth:`Trainer.restore` does.
+
+    Args:
+        content: what :meth:`checkpoint` gave.
+
+    Raises:
+        ValueError: where it belongs to another model, optimizer or scheme; nothing has been changed then.
+    """
+    if content.get("format") != FORMAT:
+        raise ValueError(f"the file isn't a checkpoint of this package's format {FORMAT}: format {content.get('format')!r}")
+    if list(content["phases"]) != list(trainer.phases):
+        raise ValueError(f"the checkpoint has the phases {list(content['phases'])}, this trainer {list(trainer.phases)}")
+    for name, phase in trainer.phases.items():
+        phase.check_state_dict(content["phases"][name])
+    for name, phase in trainer.phases.items():
+        phase.load_state_dict(content["phases"][name])
+    restore_handlers(trainer, content["handlers"])
+    clocks, state = content["clocks"], trainer.state
+    for name in ("iteration", "epoch", "epoch_length", "max_epochs", "max_iters", "epoch_is_open"):
+        setattr(state, name, clocks[name])
+    trainer.epoch_iteration = clocks["epoch_iteration"]
+    trainer.length_is_learned = clocks["length_is_learned"]
+    main = list(trainer.phases.values())[-1]
+    state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
+    state.metrics.recall(content["metrics"])
+    state.losses = dict(content["losses"])
+    trainer.batch_to_follow, state.x, state.y = content["batch"], None, None
+    trainer.should_terminate = trainer.should_terminate_single_epoch = False
+    trainer._internal_run_generator = trainer._dataloader_iter = trainer._init_iter = None
+    trainer._restored = content
+
+
+def batch_to_follow(trainer: Trainer) -> Any:
+    """The last batch, where data of unknown length may end here and the open window's followers will ask for it."""
+    if not trainer.followers or not trainer.lead.window_is_open or trainer.state.epoch_length is not None:
+        return None
+    try:
+        return pack(trainer.batch_to_follow, "the batch")
+    except TypeError:
+        return None
+
+
+def restore_handlers(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    for name, handler in trainer.handlers.items():
+        if name in saved:
+            handler.load_state_dict(saved[name])
+    added = [name for name, handler in trainer.handlers.items() if name not in saved]
+    removed = [name for name, state in saved.items() if name not in trainer.handlers and state]
+    if added or removed:
+        parts = [f"{text} {', '.join(names)}" for text, names in (("new since:", added), ("gone:", removed)) if names]
+        warnings.warn(
+            f"resume: the handlers are not those of the checkpoint ({'; '.join(parts)}); the new ones start afresh",
+            stacklevel=3,
+        )
+
+
+def pass_is_spent(trainer: Trainer) -> bool:
+    """Whether the present pass over the data has given all that it has."""
+    state, taken = trainer.state, trainer.place.taken(trainer.state.iteration)
+    length = length_of(state.dataloader)
+    if length is None and trainer.length_is_learned:
+        length = state.epoch_length
+    return length is not None and taken >= length
+
+
+def is_finished(
+    trainer: Trainer, restored: Mapping[str, Any], data: Any, max_epochs: int | None, max_iters: int | None
+) -> bool:
+    """Takes the limits of a resumed run over, and says whether they are reached already."""
+    if max_epochs is not None and max_iters is not None:
+        raise ValueError("max_epochs and max_iters exclude each other; give only one of them")
+    before, now = restored["data"]["length"], length_of(data)
+    if before is not None and now is not None and before != now:
+        raise ValueError(
+            f"the data has {now} batches, the checkpoint was written with {before}: the run can't go on exactly. Use the "
+            "same data and batch size, or start a new run from its weights"
+        )
+    state = trainer.state
+    if max_epochs is not None or max_iters is not None:
+        state.max_epochs, state.max_iters = max_epochs, max_iters
+    if state.max_epochs is None and state.max_iters is None:
+        state.max_epochs = 1
+    if trainer._is_done(state):
+        logger.info("nothing to do: epoch %d, iteration %d is the end already", state.epoch, state.iteration)
+        return True
+    if state.epoch_is_open:
+        state.epoch -= 1  # Ignite counts it again
+    return False
