@@ -108,7 +108,7 @@ def test_after_a_resume_the_time_comes_as_it_would_have(until, tmp_path):
         (lambda: FreezeParameters("0.*", until_step=1, until_epoch=1), "exclude each other"),
         (
             lambda: FreezeParameters("encoder.*").attach(two_layers()),
-            "the pattern 'encoder.*' matches no parameter; the model has",
+            "pattern 'encoder.*' matches no parameter; the model has",
         ),
         (lambda: FreezeParameters().attach(two_layers()), "name at least one pattern"),
     ],

@@ -162,7 +162,7 @@ def of_another_optimizer():
     [
         (lambda: LRScheduling(3), TypeError, "scheduler must be a torch.optim.lr_scheduler, got int without 'step'"),
         (
-            lambda: LRScheduling(lr_scheduler.StepLR(sgd(linear()), 1), every="batch"),
+            lambda: LRScheduling(SCHEDULERS["StepLR"](sgd(linear())), every="batch"),
             ValueError,
             "'step' or 'epoch', got 'batch'",
         ),
