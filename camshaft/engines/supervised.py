@@ -14,6 +14,7 @@ from camshaft.engines.checks import name_of
 from camshaft.engines.phase import Phase
 from camshaft.engines.trainer import Trainer
 from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
+from camshaft.handlers.lr_scheduling import check_every
 
 __all__ = ["create_trainer"]
 
@@ -80,6 +81,7 @@ def create_trainer(
         >>> trainer.run(batches, max_epochs=2).optimizer_step
         10
     """
+    check_every(schedule_every)
     objective: Supervised | Custom
     if compute_loss is not None:
         check_custom(compute_loss, loss_fn, prepare_batch, model_transform, output_transform)

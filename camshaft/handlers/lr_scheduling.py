@@ -44,8 +44,7 @@ class LRScheduling(Handler):
                 raise TypeError(
                     f"scheduler must be a torch.optim.lr_scheduler, got {type(scheduler).__name__} without {attribute!r}"
                 )
-        if every not in ("step", "epoch"):
-            raise ValueError(f"schedule_every must be 'step' or 'epoch', got {every!r}")
+        check_every(every)
         if metric is None and is_plateau(scheduler):
             raise ValueError(
                 f"{type(scheduler).__name__} follows a metric: attach LRScheduling(scheduler, metric='val/loss') instead of "
@@ -63,6 +62,10 @@ class LRScheduling(Handler):
                 f"scheduler {type(self.scheduler).__name__} was made for another optimizer than the trainer's; "
                 "make it from the optimizer that you train with"
             )
+        if any(
+            isinstance(h, LRScheduling) and h.scheduler is self.scheduler for h in engine.handlers.values() if h is not self
+        ):
+            raise ValueError(f"scheduler {type(self.scheduler).__name__} is attached already: it would move twice as fast")
         self.phase = owners[0]
 
     def listeners(self) -> Iterator[Listener]:
@@ -105,6 +108,12 @@ class LRScheduling(Handler):
     def describe(self) -> str:
         """Its name and the scheduler's kind."""
         return f"{super().describe()}({type(self.scheduler).__name__})"
+
+
+def check_every(every: Any) -> None:
+    """Raises ``ValueError`` where ``every`` names no clock."""
+    if every not in ("step", "epoch"):
+        raise ValueError(f"schedule_every must be 'step' or 'epoch', got {every!r}")
 
 
 def is_plateau(scheduler: Any) -> bool:
