@@ -335,7 +335,7 @@ def test_loss_with_parameters_of_its_own_is_trained_and_clipped():
         nn.utils.clip_grad_norm_(everything, 0.1)
         optimizer.step()
     assert same(weights(model) + weights(loss_fn), weights(expected) + weights(by_hand_loss))
-    assert float(loss_fn.scale) != 1.0
+    assert loss_fn.scale.item() != 1.0
 
 
 def test_parameters_that_the_optimizer_does_not_hold_stay():
