@@ -37,13 +37,8 @@ def check_count(value: Any, argument: str) -> None:
 
 
 def check_device(device: torch.device | str | None, module: nn.Module) -> torch.device:
-    """The device that batches go to; raises ``ValueError`` where the model is somewhere else, or nowhere."""
+    """The device that batches go to; raises ``ValueError`` where the model is somewhere else."""
     found = device_of(module)
-    if found.type == "meta":
-        raise ValueError(
-            "the model is on 'meta', where parameters have no values; call model.to_empty(device=...) and load or initialise "
-            "its weights before you make the optimizer"
-        )
     if device is None:
         return found
     wanted = torch.device(device)

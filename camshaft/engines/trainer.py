@@ -295,7 +295,9 @@ class Trainer(LoopEngine):
         if not getattr(state, "epoch_is_open", False):
             return Engine._is_done(state)
         reached = state.max_iters is not None and state.iteration >= state.max_iters
-        return reached and not (state.epoch_length and state.iteration % state.epoch_length == 0)  # that epoch is to be completed
+        return reached and not (
+            state.epoch_length and state.iteration % state.epoch_length == 0
+        )  # that epoch is to be completed
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -329,6 +331,11 @@ def check_phases(phases: Sequence[Phase]) -> None:
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names):
         raise ValueError(f"every phase needs a name of its own, got {names}")
+    if any(phase.device.type == "meta" for phase in phases):
+        raise ValueError(
+            "the model is on 'meta', where parameters have no values: nothing would be trained. Call model.to_empty(device=...) "
+            "and load or initialise its weights before you make the optimizer"
+        )
     owner: dict[int, str] = {}
     for phase in phases:
         for parameter in phase.parameters():
