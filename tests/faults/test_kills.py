@@ -54,6 +54,10 @@ def test_kill_9_while_saving(tmp_path, keep_last):
     assert kill_while_saving(folder, tmp_path / "notes", KILLS // 2, seed=keep_last, keep_last=keep_last) > KILLS // 2
 
 
+def test_kill_9_while_saving_behind_training(tmp_path):
+    kill_while_saving(tmp_path / "run", tmp_path / "notes", KILLS // 2, seed=5, background=True)
+
+
 @pytest.fixture
 def memory():
     """A folder on a file system in memory."""

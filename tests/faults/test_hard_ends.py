@@ -1,0 +1,51 @@
+"""A process that ends hard after a save, or an exception in a step: the resumed run equals the uninterrupted one."""
+
+import os
+
+import pytest
+from faulty import Child
+from signalled import BATCHES, EPOCHS, make_run
+from test_signals import assert_goes_on_exactly, end_of, uninterrupted  # noqa: F401
+
+from camshaft import Events, Place, StepEvents
+from camshaft.files import load_checked
+
+STOPS = [1, 2, 3, 8, BATCHES - 1, BATCHES, BATCHES + 1, 2 * BATCHES + 5, BATCHES * EPOCHS - 1]
+OFTEN = Events.ITERATION_COMPLETED(every=2)
+
+
+def exit_hard(report, folder, iteration):
+    """Leaves without a word once the requests of an iteration have been met."""
+    trainer, _, _, run = make_run(folder, every=OFTEN)
+    trainer.add_event_handler_at(Place.SAVE + 1, Events.ITERATION_COMPLETED(once=iteration), lambda: os._exit(9))
+    run()
+
+
+@pytest.mark.parametrize("iteration", STOPS)
+def test_a_hard_exit_after_a_save(tmp_path, uninterrupted, iteration):  # noqa: F811
+    with Child(exit_hard, tmp_path / "notes", tmp_path, iteration) as child:
+        assert child.join() == 9, child.error()
+    if iteration < 3:
+        assert not list((tmp_path / "checkpoints").glob("*.pt"))
+        return
+    assert_goes_on_exactly(tmp_path, uninterrupted)
+
+
+EVENTS = [Events.ITERATION_STARTED, StepEvents.BACKWARD_COMPLETED, Events.ITERATION_COMPLETED]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+@pytest.mark.parametrize("iteration", [5, BATCHES, 2 * BATCHES + 4])
+def test_an_exception_in_a_step(tmp_path, uninterrupted, iteration, event):  # noqa: F811
+    trainer, rotation, _, run = make_run(tmp_path, every=OFTEN)
+
+    @trainer.on(event)
+    def fail(engine):
+        if engine.state.iteration == iteration:
+            raise ZeroDivisionError("on purpose")
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        run()
+    trainer.handlers["TensorBoard"].close()
+    assert load_checked(rotation.last)["clocks"]["iteration"] <= iteration
+    assert_goes_on_exactly(tmp_path, uninterrupted)

@@ -1,0 +1,144 @@
+"""A run that is asked to stop ends in order, and goes on as if it hadn't been asked."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faulty import PATIENCE, Child
+from signalled import BATCHES, COMPLETED, EPOCHS, IN_EVALUATION, STEPS, WINDOW, make_run, train_slowly
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from camshaft.files import load_checked
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+MID_EPOCH = BATCHES + 4
+
+
+def assert_same(one, other, path="state"):
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, (dict, list, tuple)):
+        assert len(one) == len(other), path
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key], f"{path}[{key!r}]")
+    else:
+        assert one == other, path
+
+
+def end_of(trainer):
+    """All that training has made."""
+    kept = ("phases", "handlers", "rng")
+    return {name: value for name, value in trainer.checkpoint().items() if name in kept}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trainer, _, _, run = make_run(tmp_path_factory.mktemp("whole"))
+    run()
+    return end_of(trainer)
+
+
+def points(folder, tag="train/loss"):
+    board = EventAccumulator(str(folder / "board"), size_guidance={"scalars": 0})
+    return [point.step for point in board.Reload().Scalars(tag)]
+
+
+def assert_stopped_in_order(folder, reported, at_least):
+    """The newest checkpoint is of the last step, every point is on the disk, and the handlers of the end have run."""
+    last = max(number for number in reported if number < IN_EVALUATION)
+    assert at_least <= last < BATCHES * EPOCHS
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    content = load_checked(newest)
+    assert content["clocks"]["iteration"] == last
+    assert last % BATCHES % WINDOW == 0, "the window wasn't closed"
+    step = content["phases"]["model"]["optimizer_step"]
+    assert reported[-1] == COMPLETED + step
+    assert points(folder) == list(range(1, step + 1))
+
+
+def assert_goes_on_exactly(folder, uninterrupted):
+    trainer, rotation, _, run = make_run(folder)
+    assert rotation.resume("auto") is not None
+    run()
+    assert_same(end_of(trainer), uninterrupted)
+
+
+@BOTH
+def test_a_script_that_is_stopped_in_mid_epoch(tmp_path, uninterrupted, number):
+    notes = tmp_path / "notes"
+    notes.touch()
+    script = Path(__file__).with_name("signalled.py")
+    command = [sys.executable, script, tmp_path, "0", notes]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + PATIENCE
+        while f"\n{MID_EPOCH}\n" not in notes.read_text():
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        child.send_signal(number)
+        _, error = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 128 + number, error
+    assert "Traceback" not in error
+    assert_stopped_in_order(tmp_path, [int(line) for line in notes.read_text().split()], MID_EPOCH)
+    time.sleep(1)  # TensorBoard sorts its files by the second
+    assert_goes_on_exactly(tmp_path, uninterrupted)
+    assert points(tmp_path) == list(range(1, STEPS + 1))
+
+
+WORKERS = [
+    ("fork", signal.SIGTERM, False),
+    ("fork", signal.SIGINT, True),  # Ctrl-C in a terminal reaches every process of the group
+    ("forkserver", signal.SIGTERM, False),
+]
+
+
+@pytest.mark.parametrize(("context", "number", "group"), WORKERS)
+def test_with_workers(tmp_path, uninterrupted, context, number, group):
+    with Child(train_slowly, tmp_path / "notes", tmp_path, workers=2, context=context) as child:
+        child.wait_for(MID_EPOCH)
+        child.signal(number, group=group)
+        assert child.join() == 128 + number, child.error()
+        assert child.error() == ""
+        assert_stopped_in_order(tmp_path, child.reported, MID_EPOCH)
+    assert_goes_on_exactly(tmp_path, uninterrupted)
+
+
+@BOTH
+def test_in_a_nested_evaluation(tmp_path, number):
+    with Child(train_slowly, tmp_path / "notes", tmp_path, nested=True) as child:
+        child.wait_for(IN_EVALUATION + MID_EPOCH)
+        child.signal(number)
+        assert child.join() == 128 + number, child.error()
+        reported = child.reported
+    assert reported.count(IN_EVALUATION + 20) in (0, 4), "the evaluation wasn't brought to its end"
+    assert_stopped_in_order(tmp_path, reported, MID_EPOCH)
+
+
+@BOTH
+def test_a_second_signal_quits_at_once(tmp_path, number):
+    with Child(train_slowly, tmp_path / "notes", tmp_path, hang=MID_EPOCH) as child:
+        child.wait_for(MID_EPOCH)
+        child.signal(number)
+        child.process.join(0.3)
+        assert child.process.is_alive()
+        child.signal(number)
+        assert child.join() == 128 + number
+        assert max(child.reported) == MID_EPOCH
+    assert load_checked(max((tmp_path / "checkpoints").glob("*.pt")))["clocks"]["iteration"] == BATCHES
+
+
+def test_stopped_again_and_again(tmp_path, uninterrupted):
+    stops = 0
+    for iteration in (2, 9, MID_EPOCH, 30):
+        with Child(train_slowly, tmp_path / f"notes {iteration}", tmp_path) as child:
+            child.wait_for(iteration)
+            child.signal(signal.SIGTERM)
+            assert child.join() == 128 + signal.SIGTERM, child.error()
+            stops += 1
+    assert stops == 4
+    assert_goes_on_exactly(tmp_path, uninterrupted)
