@@ -6,6 +6,7 @@ import random
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,31 @@ MakeRun = Callable[[Path], tuple[Trainer, Callable[[], Any]]]
 
 
 def assert_resumes_exactly(
-    make_run: MakeRun, stops: Iterable[int] | None = None, *, make_resumed: MakeRun | None = None
+    make_run: MakeRun,
+    stops: Iterable[int] | None = None,
+    *,
+    by: str = "terminate",
+    make_resumed: MakeRun | None = None,
 ) -> None:
     """Trains, stops, rebuilds, resumes, and compares bit by bit with the run that wasn't stopped.
 
-    Each stop is a run of its own: ``terminate()`` after that iteration, then everything is built anew, resumed from the
-    folder and run to the end, while every batch, random state, loss, learning rate and weight is compared with the
+    Each stop is a run of its own, cut short after that iteration; then everything is built anew, resumed from the newest
+    checkpoint and run to the end, while every batch, random state, loss, learning rate and weight is compared with the
     uninterrupted run's, iteration by iteration.
 
     Args:
         make_run: called with a folder for checkpoints; seeds, builds model, data and trainer, attaches a
             ``CheckpointRotation`` over that folder, and returns ``(trainer, run)``, where ``run()`` trains to the end.
         stops: the iterations after which to stop; by default each one but the last.
+        by: how the run is cut short: by ``"terminate"``, which saves once more, or by an ``"exception"`` after everything else
+            in that iteration, which writes nothing, like a kill: the resumed run begins at the last checkpoint, or afresh.
         make_resumed: makes the resumed run where it is to differ in something that mustn't matter, such as the number of
             workers; by default ``make_run``.
 
     Raises:
         AssertionError: names the first thing that differs: which batch, random generator, loss, learning rate or weight, at
             which iteration.
-        ValueError: where the trainer has no ``CheckpointRotation``.
+        ValueError: where the trainer has no ``CheckpointRotation``, or ``by`` is unknown.
 
     Example:
         >>> from camshaft import CheckpointRotation, create_trainer, seed_everything
@@ -53,19 +60,31 @@ def assert_resumes_exactly(
         ...     return trainer, lambda: trainer.run(data, max_epochs=2)
         >>> assert_resumes_exactly(make_run, stops=[1, 4, 5])
     """
+    if by not in ("terminate", "exception"):
+        raise ValueError(f"by must be 'terminate' or 'exception', got {by!r}")
     with tempfile.TemporaryDirectory() as folder:
         whole, end = _trace(make_run, Path(folder))
     for stop in range(1, len(whole)) if stops is None else stops:
         with tempfile.TemporaryDirectory() as folder:
-            _trace(make_run, Path(folder), stop=stop)
-            resumed, resumed_end = _trace(make_resumed or make_run, Path(folder), resume=True)
+            with suppress(_CutShort):
+                _trace(make_run, Path(folder), stop=stop, by=by)
+            resumed, resumed_end = _trace(make_resumed or make_run, Path(folder), resume=by)
         where = f"stopped after iteration {stop} and resumed"
-        _compare_traces({k: v for k, v in whole.items() if k > stop}, resumed, where)
+        first = stop + 1 if by == "terminate" else min(resumed, default=stop + 1)
+        _compare_traces({k: v for k, v in whole.items() if k >= first}, resumed, where)
         _compare(end, resumed_end, where, "at the end")
 
 
+class _CutShort(Exception):
+    """What stands for whatever ends a run in the middle."""
+
+
+def _cut_short() -> None:
+    raise _CutShort
+
+
 def _trace(
-    make_run: MakeRun, folder: Path, stop: int | None = None, resume: bool = False
+    make_run: MakeRun, folder: Path, stop: int | None = None, by: str = "", resume: str = ""
 ) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
     """Runs once and notes, for each iteration, everything that a resumed run must have again."""
     trainer, run = make_run(folder)
@@ -86,15 +105,17 @@ def _trace(
     trainer.add_event_handler_at(-2000, Events.ITERATION_STARTED, note_batch)
     trainer.add_event_handler_at(2000, Events.ITERATION_COMPLETED, note_step)
     if stop is not None:
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=stop), lambda: trainer.terminate())
+        end_it = _cut_short if by == "exception" else lambda: trainer.terminate()
+        trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), end_it)
     if resume:
         rotation = next((h for h in trainer.handlers.values() if hasattr(h, "resume")), None)
         if rotation is None:
             raise ValueError("make_run must attach a CheckpointRotation over the folder that it is given")
-        random.seed()  # nothing may hang on what the seeds were before the run
-        np.random.seed()
-        torch.manual_seed(random.getrandbits(32))
-        if rotation.resume("auto") is None:
+        if rotation.resume("auto") is not None:
+            random.seed()  # nothing may hang on what the seeds were before the run
+            np.random.seed()
+            torch.manual_seed(random.getrandbits(32))
+        elif resume == "terminate":
             raise AssertionError("the stopped run left no checkpoint to resume from")
     run()
     end = trainer.checkpoint()

@@ -19,6 +19,18 @@ def test_terminated_after_each_of_65_iterations(part):
     assert_resumes_exactly(make_run, stops=range(1 + part, 66, 4))
 
 
+@pytest.mark.parametrize("part", range(4))
+def test_an_exception_after_each_of_65_iterations(part):
+    make = partial(make_run, every=StepEvents.OPTIMIZER_STEP_COMPLETED)
+    assert_resumes_exactly(make, stops=range(1 + part, 66, 4), by="exception")
+
+
+def test_saved_behind_training():
+    make = partial(make_run, epochs=2, background=True, every=StepEvents.OPTIMIZER_STEP_COMPLETED)
+    assert_resumes_exactly(make, stops=[1, 3, 9, 13, 14])
+    assert_resumes_exactly(make, stops=[4, 13, 20], by="exception")
+
+
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("after", [0, 2])
 def test_with_other_workers_and_augmentation(before, after):
