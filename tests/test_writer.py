@@ -1,0 +1,106 @@
+"""The writer of checkpoints, in front of training and behind it."""
+
+import errno
+import threading
+
+import pytest
+import torch
+
+from camshaft import writer as module
+from camshaft.files import load_checked
+from camshaft.rotation import Entry, Index, file_name
+from camshaft.writer import CheckpointWriter
+
+
+def entry(step):
+    return Entry(file_name(step), step, step, 1)
+
+
+def make(folder, **options):
+    return CheckpointWriter(Index(folder), lambda entries: entries[-2:], **options)
+
+
+def write_and_wait(writer, step):
+    writer.write({"x": torch.zeros(1)}, entry(step))
+    writer.wait()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds every write until it is opened."""
+    gate, save = threading.Event(), module.save_durably
+
+    def slow(content, path):
+        assert gate.wait(10)
+        return save(content, path)
+
+    monkeypatch.setattr(module, "save_durably", slow)
+    return gate
+
+
+def full_disk(monkeypatch):
+    def fail(content, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_durably", fail)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_writes_and_rotates(tmp_path, background):
+    writer = make(tmp_path, background=background)
+    for step in range(1, 5):
+        assert writer.write({"x": torch.tensor(step)}, entry(step)) == tmp_path / file_name(step)
+    assert writer.wait()
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [file_name(3), file_name(4)]
+    assert [load_checked(path)["x"] for path in Index(tmp_path).newest_first()] == [4, 3]
+
+
+def test_the_file_holds_what_was_there_when_it_was_asked_for(tmp_path, gate):
+    writer, weights = make(tmp_path, background=True), torch.zeros(3)
+    path = writer.write({"weights": weights}, entry(1))
+    weights.fill_(7)  # training goes on
+    gate.set()
+    assert writer.wait()
+    assert load_checked(path)["weights"].tolist() == [0, 0, 0]
+
+
+def test_one_save_at_a_time(tmp_path, gate):
+    writer = make(tmp_path, background=True)
+    writer.write({"x": torch.zeros(1)}, entry(1))
+    opener = threading.Timer(0.2, gate.set)
+    opener.start()
+    writer.write({"x": torch.ones(1)}, entry(2))  # waits for the first
+    assert (tmp_path / file_name(1)).exists()
+    assert writer.wait()
+    opener.join()
+
+
+def test_settle_does_not_wait(tmp_path, gate):
+    writer = make(tmp_path, background=True)
+    writer.write({"x": torch.zeros(1)}, entry(1))
+    assert writer.settle()
+    assert not (tmp_path / file_name(1)).exists()
+    gate.set()
+    assert writer.wait()
+
+
+def test_what_went_wrong_behind_is_said_at_the_next_boundary(tmp_path, monkeypatch):
+    writer = make(tmp_path, background=True)
+    full_disk(monkeypatch)
+    assert writer.write({"x": torch.zeros(1000)}, entry(1)) is not None
+    with pytest.warns(RuntimeWarning, match=r"step-00000001.pt could not be written .*about 4,000 bytes.*training goes on"):
+        assert not writer.wait()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_third_failure_in_a_row_raises(tmp_path, monkeypatch, background):
+    writer = make(tmp_path, background=background)
+    assert writer.write({"x": torch.zeros(1)}, entry(1))
+    assert writer.wait()
+    full_disk(monkeypatch)
+    for step in (2, 3):
+        with pytest.warns(RuntimeWarning, match="training goes on"):
+            write_and_wait(writer, step)
+    with pytest.raises(OSError, match="3 saves in a row have failed"):
+        write_and_wait(writer, 4)
+    assert [path.name for path in tmp_path.glob("*.pt")] == [file_name(1)]
