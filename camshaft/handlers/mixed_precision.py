@@ -37,6 +37,7 @@ class MixedPrecision(Handler):
     def __init__(self, dtype: str | torch.dtype, *, phase: str | None = None) -> None:
         self.dtype = dtype_of(dtype)
         self.phase = phase
+        self._set: list[Any] = []
 
     def on_attach(self, engine: Any) -> None:
         """Gives each phase its autocast and, for float16, its scaler."""
@@ -48,8 +49,10 @@ class MixedPrecision(Handler):
         for phase, autocast in zip(phases, contexts, strict=True):
             phase.autocast = autocast
             phase.scaler = torch.amp.GradScaler(phase.device.type) if self.dtype is torch.float16 else None
+        self._set = phases
 
     def on_detach(self, engine: Any) -> None:
         """Takes them back."""
-        for phase in engine.phases_named(self.phase):
+        for phase in self._set:  # none, where attaching was refused
             phase.autocast = phase.scaler = None
+        self._set = []
