@@ -263,6 +263,8 @@ class Handler:
 
     saved: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[tuple[str, ...]] = ()
+    needs_trainer: ClassVar[bool] = False
+    """Whether it needs the phases of a trainer, and not only its events."""
 
     engine: Any = None
     """The engine to which this handler is attached; ``None`` where it is attached to none."""
@@ -289,6 +291,8 @@ class Handler:
             raise RuntimeError(f"{type(self).__name__} is attached already; call detach() first")
         if not isinstance(engine, Engine):
             raise TypeError(f"{type(self).__name__}.attach() needs an Ignite engine, got {type(engine).__name__}")
+        if self.needs_trainer and not hasattr(engine, "phases"):
+            raise TypeError(f"{type(self).__name__} needs a trainer from create_trainer(), got {type(engine).__name__}")
         name = name or self.default_name()
         registry = handlers_of(engine)
         if name in registry:

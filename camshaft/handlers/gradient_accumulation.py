@@ -35,6 +35,8 @@ class GradientAccumulation(Handler):
         >>> accumulation = GradientAccumulation(4, loss_weight="samples").attach(trainer)
     """
 
+    needs_trainer = True
+
     def __init__(
         self,
         steps: int,

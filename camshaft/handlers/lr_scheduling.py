@@ -37,6 +37,7 @@ class LRScheduling(Handler):
     """
 
     saved = ("scheduler",)
+    needs_trainer = True
 
     def __init__(self, scheduler: Any, *, every: str = "step", metric: str | None = None) -> None:
         for attribute in ("step", "state_dict", "load_state_dict", "optimizer"):

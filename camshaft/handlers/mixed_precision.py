@@ -34,6 +34,8 @@ class MixedPrecision(Handler):
         >>> precision = MixedPrecision("bf16").attach(trainer)
     """
 
+    needs_trainer = True
+
     def __init__(self, dtype: str | torch.dtype, *, phase: str | None = None) -> None:
         self.dtype = dtype_of(dtype)
         self.phase = phase
