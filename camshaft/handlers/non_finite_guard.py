@@ -51,9 +51,8 @@ class NonFiniteGuard(Handler):
         watched = [loss for _, loss in self._losses]
         if phase.scaler is None:
             watched += [p.grad for p in phase.parameters() if p.grad is not None]
-        sums = [tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None) for tensor in watched]
-        device = sums[0].device
-        finite = torch.stack([total.to(device, torch.float64) for total in sums]).isfinite().all()
+        peaks = largest(watched)
+        finite = torch.stack([peak.to(peaks[0].device) for peak in peaks]).isfinite().all()
         engine.refuse_step(~finite, lambda: self._refuse(engine))
 
     def _refuse(self, engine: Any) -> None:
@@ -74,3 +73,9 @@ class NonFiniteGuard(Handler):
         bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
         names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         return f"the gradient of {names or 'a parameter'} is not finite in iteration {state.iteration}, {where}"
+
+
+def largest(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The largest magnitude in each tensor that has entries; unlike a sum it can't overflow where all of them are finite."""
+    dense = (tensor._values() if tensor.is_sparse else tensor for tensor in tensors)
+    return torch._foreach_norm([entries.detach() for entries in dense if entries.numel()], float("inf"))

@@ -175,3 +175,28 @@ def test_parameters_without_a_gradient_are_passed_over():
 def test_an_unknown_action_is_an_error(action):
     with pytest.raises(ValueError, match="action must be one of 'raise', 'skip', 'stop', got"):
         NonFiniteGuard(action)
+
+
+def test_a_finite_gradient_whose_sum_would_overflow_is_let_through():
+    trainer = trainer_of()
+    NonFiniteGuard("raise").attach(trainer)
+
+    @trainer.on(StepEvents.BACKWARD_COMPLETED)
+    def enlarge(engine):
+        for parameter in model_of(engine).parameters():
+            parameter.grad.fill_(3e38)
+
+    trainer.run(batches(1))
+    assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (1, 0)
+
+
+@pytest.mark.parametrize(("scale", "skipped"), [(1.0, 0), (NAN, 2)])
+def test_sparse_gradients_and_parameters_without_entries_are_looked_at_too(scale, skipped):
+    model = torch.nn.Embedding(5, 2, sparse=True)
+    model.empty = torch.nn.Parameter(torch.zeros(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = create_trainer(model, optimizer, None, compute_loss=lambda m, batch: m(batch).sum() + m.empty.sum())
+    NonFiniteGuard("skip").attach(trainer)
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda: model.weight.grad.mul_(scale))
+    trainer.run([torch.tensor([0, 3])] * 2)
+    assert trainer.state.skipped_steps == skipped
