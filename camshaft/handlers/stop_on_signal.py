@@ -44,7 +44,7 @@ class StopOnSignal(Handler):
     @on(Events.STARTED)
     def listen(self, engine: Any) -> None:
         """Begins to listen, where that is possible."""
-        self.received = None
+        self.received = engine.exit_code = None
         if threading.current_thread() is not threading.main_thread():
             warnings.warn("StopOnSignal can listen only in the main thread; this run will not stop on signals", stacklevel=2)
             return

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+from signalled import end_of, make_run
 
 
 @pytest.fixture
@@ -21,3 +22,11 @@ def small_disk(tmp_path):
     yield mount
     if folder.is_mount():
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """All that the run of ``signalled`` has made when nobody disturbs it."""
+    trainer, _, _, run = make_run(tmp_path_factory.mktemp("whole"))
+    run()
+    return end_of(trainer)

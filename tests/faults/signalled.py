@@ -78,6 +78,31 @@ def train_slowly(report, folder, *, hang=None, pause=0.03, **options):
     run()
 
 
+def assert_same(one, other, path="state"):
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, (dict, list, tuple)):
+        assert len(one) == len(other), path
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key], f"{path}[{key!r}]")
+    else:
+        assert one == other, path
+
+
+def end_of(trainer):
+    """All that training has made."""
+    kept = ("phases", "handlers", "rng")
+    return {name: value for name, value in trainer.checkpoint().items() if name in kept}
+
+
+def assert_goes_on_exactly(folder, uninterrupted):
+    trainer, rotation, _, run = make_run(folder)
+    assert rotation.resume("auto") is not None
+    run()
+    assert_same(end_of(trainer), uninterrupted)
+
+
 if __name__ == "__main__":
     notes = os.open(sys.argv[3], os.O_WRONLY | os.O_APPEND)
     train_slowly(lambda number: os.write(notes, b"%d\n" % number), sys.argv[1], workers=int(sys.argv[2]))

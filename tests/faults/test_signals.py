@@ -1,5 +1,6 @@
 """A run that is asked to stop ends in order, and goes on as if it hadn't been asked."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,40 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from faulty import PATIENCE, Child
-from signalled import BATCHES, COMPLETED, EPOCHS, IN_EVALUATION, STEPS, WINDOW, make_run, train_slowly
+from signalled import BATCHES, COMPLETED, EPOCHS, IN_EVALUATION, STEPS, WINDOW, assert_goes_on_exactly, make_run, train_slowly
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from camshaft import Events
 from camshaft.files import load_checked
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 MID_EPOCH = BATCHES + 4
-
-
-def assert_same(one, other, path="state"):
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, (dict, list, tuple)):
-        assert len(one) == len(other), path
-        for key in one if isinstance(one, dict) else range(len(one)):
-            assert_same(one[key], other[key], f"{path}[{key!r}]")
-    else:
-        assert one == other, path
-
-
-def end_of(trainer):
-    """All that training has made."""
-    kept = ("phases", "handlers", "rng")
-    return {name: value for name, value in trainer.checkpoint().items() if name in kept}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    trainer, _, _, run = make_run(tmp_path_factory.mktemp("whole"))
-    run()
-    return end_of(trainer)
 
 
 def points(folder, tag="train/loss"):
@@ -59,13 +35,6 @@ def assert_stopped_in_order(folder, reported, at_least):
     step = content["phases"]["model"]["optimizer_step"]
     assert reported[-1] == COMPLETED + step
     assert points(folder) == list(range(1, step + 1))
-
-
-def assert_goes_on_exactly(folder, uninterrupted):
-    trainer, rotation, _, run = make_run(folder)
-    assert rotation.resume("auto") is not None
-    run()
-    assert_same(end_of(trainer), uninterrupted)
 
 
 @BOTH
@@ -142,3 +111,13 @@ def test_stopped_again_and_again(tmp_path, uninterrupted):
             stops += 1
     assert stops == 4
     assert_goes_on_exactly(tmp_path, uninterrupted)
+
+
+def test_a_run_after_one_that_was_stopped_does_not_exit(tmp_path):
+    trainer, _, _, run = make_run(tmp_path)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        run()
+    run()
+    assert trainer.state.epoch == EPOCHS
+    assert trainer.state.stop_reason is None
