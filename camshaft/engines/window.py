@@ -36,9 +36,7 @@ class Window:
         """The sum of the weights gathered."""
         self.configure()
 
-    def configure(
-        self, steps: int = 1, loss_weight: str | Callable[[Any], Any] = "batch", partial: str = "step"
-    ) -> None:
+    def configure(self, steps: int = 1, loss_weight: str | Callable[[Any], Any] = "batch", partial: str = "step") -> None:
         """Sets how many batches make a window, how they are weighed, and what becomes of a shorter last one.
 
         A window that is open ends as it began; the next one follows the new settings.
@@ -60,7 +58,7 @@ class Window:
 
     def close(self) -> None:
         """Ends the window, used or thrown away."""
-        self.batches = 0
+        self.batches, self.weight = 0, 0.0
         if self._changed:
             self._apply()
 
