@@ -1,0 +1,278 @@
+"""The window's policy with numbers, and that it follows its settings when it next opens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+from toys import batches, linear, same, sgd, trainer_of, weights
+
+from camshaft import Events, GradientAccumulation, StepEvents
+from camshaft.engines.window import Window
+
+INFINITE = float("inf")
+
+
+def window_of(steps, loss_weight="batch", partial="step", left=INFINITE):
+    window = Window()
+    window.configure(steps, loss_weight, partial)
+    window.open(left)
+    return window
+
+
+def gather(window, losses, data):
+    """The shares of some batches, as the step takes them."""
+    shares = []
+    for loss, batch in zip(losses, data, strict=True):
+        shares.append(float(window.share(torch.tensor(loss, dtype=torch.float64), batch)))
+        window.batches += 1
+    return shares
+
+
+def of_size(size):
+    return torch.zeros(size, 2), torch.zeros(size)
+
+
+@pytest.mark.parametrize(
+    ("steps", "partial", "left", "length"),
+    [
+        (4, "step", INFINITE, 4),
+        (4, "step", 9, 4),
+        (4, "step", 4, 4),
+        (4, "step", 3, 3),
+        (4, "step", 1, 1),
+        (4, "drop", 3, 4),
+        (4, "drop", 4, 4),
+        (1, "step", 1, 1),
+    ],
+)
+def test_length_of_a_new_window(steps, partial, left, length):
+    assert window_of(steps, partial=partial, left=left).length == length
+
+
+def test_batches_share_the_mean_of_a_full_window():
+    window = window_of(4)
+    assert gather(window, [4.0, 8.0, 2.0, 6.0], [None] * 4) == [1.0, 2.0, 0.5, 1.5]
+    assert window.divisor() is None
+
+
+def test_batches_share_the_mean_of_a_window_known_to_be_shorter():
+    window = window_of(4, left=2)
+    assert gather(window, [4.0, 8.0], [None] * 2) == [2.0, 4.0]
+    assert window.divisor() is None
+
+
+def test_window_that_came_out_shorter_is_divided_by_what_is_missing():
+    window = window_of(4)
+    shares = gather(window, [4.0, 8.0, 2.0], [None] * 3)
+    assert window.divisor() == 0.75
+    assert sum(shares) / window.divisor() == pytest.approx((4 + 8 + 2) / 3, abs=1e-15)
+
+
+def test_samples_share_by_their_number():
+    window = window_of(3, "samples")
+    shares = gather(window, [4.0, 8.0, 2.0], [of_size(1), of_size(5), of_size(2)])
+    assert shares == [4.0, 40.0, 4.0]
+    assert (window.weight, window.divisor()) == (8, 8)
+
+
+def test_weights_of_ones_own():
+    window = window_of(2, lambda batch: batch["tokens"])
+    assert gather(window, [4.0, 8.0], [{"tokens": 3}, {"tokens": 0.5}]) == [12.0, 4.0]
+    assert window.divisor() == 3.5
+
+
+@pytest.mark.parametrize("left", [INFINITE, 2])
+def test_weighted_window_that_is_cut_short_needs_no_correction(left):
+    window = window_of(4, "samples", left=left)
+    gather(window, [4.0, 8.0], [of_size(1), of_size(5)])
+    assert window.divisor() == 6
+
+
+def test_single_batch_of_a_weighted_window_has_its_plain_gradient():
+    window = window_of(1, "samples")
+    (share,) = gather(window, [3.0], [of_size(7)])
+    assert share / window.divisor() == 3.0
+
+
+def test_loss_of_a_window_of_one_is_handed_on_as_it_is():
+    loss = torch.tensor(3.0)
+    assert window_of(1).share(loss, None) is loss
+
+
+@pytest.mark.parametrize(
+    ("steps", "loss_weight", "plain"), [(1, "batch", True), (2, "batch", False), (1, "samples", False), (1, len, False)]
+)
+def test_window_is_plain_where_every_batch_is_a_step(steps, loss_weight, plain):
+    assert window_of(steps, loss_weight).plain is plain
+
+
+@dataclass
+class Sentences:
+    lengths: list
+    tokens: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (torch.zeros(5, 2), 5),
+        (of_size(3), 3),
+        ([of_size(3), of_size(4)], 3),
+        ({"name": "a", "x": torch.zeros(6)}, 6),
+        (Sentences([2, 3], torch.zeros(2, 3)), 2),
+        ((torch.tensor(1.0), torch.zeros(4, 1)), 4),  # a scalar has no length
+        ((None, {"y": [torch.zeros(8)]}), 8),
+    ],
+    ids=["tensor", "pair", "nested", "dict", "dataclass", "scalar first", "none first"],
+)
+def test_samples_are_the_length_of_the_first_tensor(batch, samples):
+    assert window_of(2, "samples").weigh(batch) == samples
+
+
+@pytest.mark.parametrize("batch", [None, ("a", "b"), torch.tensor(1.0), {}])
+def test_batch_without_samples(batch):
+    with pytest.raises(TypeError, match="loss_weight='samples' needs a tensor with a length"):
+        window_of(2, "samples").weigh(batch)
+
+
+@pytest.mark.parametrize("weight", [3, 2.5, 0, torch.tensor(4), torch.tensor([4.0])])
+def test_weight_is_a_number_on_the_host(weight):
+    weighed = window_of(2, lambda batch: weight).weigh(None)
+    assert weighed == float(weight)
+    assert isinstance(weighed, (int, float))
+
+
+@pytest.mark.parametrize("weight", [-1, INFINITE, float("nan"), None, "3", torch.ones(2), torch.tensor(-1.0)])
+def test_weight_that_is_none(weight):
+    def tokens(batch):
+        return weight
+
+    with pytest.raises(ValueError, match=r"loss_weight \(.*tokens\) must give a finite number of at least 0"):
+        window_of(2, tokens).weigh(None)
+
+
+def test_window_of_no_weight_has_no_mean():
+    window = window_of(2, lambda batch: 0)
+    gather(window, [4.0, 8.0], [None, None])
+    with pytest.raises(ValueError, match="weighs 0"):
+        window.divisor()
+
+
+def test_open_window_ends_as_it_began():
+    window = window_of(4)
+    gather(window, [4.0], [None])
+    window.configure(2, "samples")
+    assert (window.length, window.steps, window.settings[0]) == (4, 4, 2)
+    assert gather(window, [8.0], [of_size(3)]) == [2.0]
+    window.close()
+    window.open(INFINITE)
+    assert (window.length, window.loss_weight) == (2, "samples")
+
+
+def test_weights_do_not_outlive_their_window():
+    window = window_of(2, "samples")
+    gather(window, [4.0, 8.0], [of_size(1), of_size(5)])
+    window.close()
+    assert (window.batches, window.weight) == (0, 0.0)
+
+
+def test_state_of_an_open_window_comes_back():
+    before, after = window_of(4, "samples"), window_of(4, "samples")
+    gather(before, [4.0, 8.0], [of_size(1), of_size(5)])
+    after.load_state_dict(before.state_dict())
+    for window in (before, after):
+        gather(window, [2.0, 1.0], [of_size(2), of_size(3)])
+    assert (after.batches, after.divisor()) == (before.batches, before.divisor()) == (4, 11)
+
+
+# -- on an engine -----------------------------------------------------------------------------------------------------
+
+
+def steps_of(trainer, data, **limits):
+    """The iterations after which the optimizer made a step."""
+    made = []
+    note = lambda: made.append(trainer.state.iteration)  # noqa: E731
+    with trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, note):
+        trainer.run(data, **limits)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("steps", "partial", "made"),
+    [
+        (1, "step", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (2, "step", [2, 4, 5, 7, 9, 10]),
+        (2, "drop", [2, 4, 7, 9]),
+        (5, "step", [5, 10]),
+        (5, "drop", [5, 10]),
+        (9, "step", [5, 10]),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_windows_never_cross_the_end_of_an_epoch(steps, partial, made, known):
+    class Stream:
+        def __iter__(self):
+            return iter(batches(5))
+
+    trainer = trainer_of(accumulation_steps=steps, partial_window=partial)
+    assert steps_of(trainer, batches(5) if known else Stream(), max_epochs=2) == made
+
+
+def test_partial_window_of_a_stream_is_closed_before_epoch_completed():
+    trainer, order = trainer_of(accumulation_steps=2), []
+    for event in (StepEvents.OPTIMIZER_STEP_COMPLETED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
+        trainer.add_event_handler(event, lambda _, name=event.name: order.append(name))
+    trainer.run(iter(batches(1)))
+    assert order == ["ITERATION_COMPLETED", "OPTIMIZER_STEP_COMPLETED", "EPOCH_COMPLETED"]
+
+
+def test_change_takes_effect_when_the_next_window_opens():
+    trainer = trainer_of(accumulation_steps=3)
+    (first,) = trainer.handlers.values()
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=4))  # inside the second window
+    def change():
+        first.detach()
+        GradientAccumulation(2).attach(trainer)
+
+    assert steps_of(trainer, batches(10)) == [3, 6, 8, 10]
+
+
+def test_detaching_takes_the_setting_back():
+    trainer = trainer_of(accumulation_steps=3)
+    with GradientAccumulation(2).attached(trainer, "for a while"):
+        assert steps_of(trainer, batches(4)) == [2, 4]
+    assert steps_of(trainer, batches(4), max_epochs=2) == [7, 8]
+
+
+@pytest.mark.parametrize("event", [StepEvents.FORWARD_STARTED, StepEvents.FORWARD_COMPLETED, StepEvents.BACKWARD_STARTED])
+def test_setting_that_comes_while_the_first_batch_is_under_way_leaves_a_true_gradient(event):
+    """By hand: whatever windows come out, a step on some batches is the step on their union."""
+    data = batches(6, dtype=torch.float64)
+    model, expected = linear(torch.float64), linear(torch.float64)
+    trainer = trainer_of(model)
+    weighted = GradientAccumulation(2, loss_weight="samples").attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), weighted.detach)
+    trainer.add_event_handler(event(once=4), lambda: weighted.attach(trainer) and None)
+    made = steps_of(trainer, data)
+    optimizer = sgd(expected)
+    for start, end in zip([0, *made], made, strict=False):
+        optimizer.zero_grad()
+        x, y = (torch.cat(part) for part in zip(*data[start:end], strict=True))
+        mse_loss(expected(x), y).backward()
+        optimizer.step()
+    assert made[:2] == [2, 3]
+    assert made[-1] == 6
+    torch.testing.assert_close(weights(model), weights(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_parameters_that_get_none_stay_away():
+    model = linear()
+    model.unused = torch.nn.Parameter(torch.ones(2))
+    before = model.unused.detach().clone()
+    trainer_of(model, accumulation_steps=2, loss_weight="samples").run(batches())
+    assert model.unused.grad is None
+    assert same([model.unused.detach()], [before])
