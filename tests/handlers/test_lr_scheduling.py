@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from torch.optim import lr_scheduler
 from toys import batches, linear, scripted, sgd, trainer_of
 
@@ -144,6 +144,11 @@ def test_several_optimizers_have_a_schedule_each():
     history = LRHistory().attach(trainer)
     trainer.run(batches(2))
     assert history.history == {"lr/0": [(1, 0.1), (2, 0.05)], "lr/1": [(1, 1.0), (2, 0.5)]}
+
+
+def test_on_a_plain_ignite_engine_it_says_what_it_needs():
+    with pytest.raises(TypeError, match=r"LRScheduling needs a trainer from create_trainer\(\), got Engine"):
+        LRScheduling(SCHEDULERS["StepLR"](sgd(linear())), every="epoch").attach(Engine(print))
 
 
 def test_detached_it_moves_nothing():

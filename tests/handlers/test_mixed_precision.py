@@ -114,3 +114,5 @@ def test_a_second_precision_is_an_error():
     trainer = trainer_of(amp="bf16")
     with pytest.raises(ValueError, match="phase 'model' has a precision already; detach that MixedPrecision first"):
         MixedPrecision("fp16").attach(trainer, "second")
+    assert trainer.lead.autocast.fast_dtype == torch.bfloat16
+    assert list(trainer.handlers) == ["MixedPrecision"]

@@ -1,0 +1,177 @@
+"""Every shipped handler goes through its whole life: attach, run, save, load in a fresh trainer, run on, detach."""
+
+import io
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from toys import batches, evaluator_of, linear, model_of, same, scripted, sgd, trainer_of, weights
+
+import camshaft.handlers
+from camshaft import CheckpointRotation, Handler
+from camshaft.handlers import (
+    EarlyStopping,
+    EmptyCache,
+    Evaluation,
+    ExponentialMovingAverage,
+    FreezeParameters,
+    GradientAccumulation,
+    GradientClipping,
+    LRHistory,
+    LRScheduling,
+    MixedPrecision,
+    NonFiniteGuard,
+    Progress,
+    StopOnSignal,
+    TensorBoard,
+    TimeLimit,
+)
+
+
+def schedule(trainer):
+    return torch.optim.lr_scheduler.ExponentialLR(trainer.lead.optimizers[0], 0.5)
+
+
+MAKERS = {
+    "CheckpointRotation": lambda trainer, folder: CheckpointRotation(folder / "others"),
+    "EarlyStopping": lambda trainer, folder: EarlyStopping("score"),
+    "EmptyCache": lambda trainer, folder: EmptyCache(),
+    "Evaluation": lambda trainer, folder: Evaluation(evaluator_of(model_of(trainer)), batches(1)),
+    "ExponentialMovingAverage": lambda trainer, folder: ExponentialMovingAverage(0.5),
+    "FreezeParameters": lambda trainer, folder: FreezeParameters("bias", until_step=2),
+    "GradientAccumulation": lambda trainer, folder: GradientAccumulation(2),
+    "GradientClipping": lambda trainer, folder: GradientClipping(0.5),
+    "LRHistory": lambda trainer, folder: LRHistory(),
+    "LRScheduling": lambda trainer, folder: LRScheduling(schedule(trainer)),
+    "MixedPrecision": lambda trainer, folder: MixedPrecision("fp16"),
+    "NonFiniteGuard": lambda trainer, folder: NonFiniteGuard(),
+    "Progress": lambda trainer, folder: Progress(file=io.StringIO()),
+    "StopOnSignal": lambda trainer, folder: StopOnSignal(),
+    "TensorBoard": lambda trainer, folder: TensorBoard(folder / "board", every=1),
+    "TimeLimit": lambda trainer, folder: TimeLimit(hours=1),
+}
+
+SHIPPED = [name for name in camshaft.handlers.__all__ if name not in ("Handler", "on")]
+
+
+def test_the_table_has_every_handler_that_is_shipped():
+    assert sorted(MAKERS) == SHIPPED
+    assert all(issubclass(getattr(camshaft.handlers, name), Handler) for name in SHIPPED)
+
+
+def prepared(name, folder):
+    """A trainer with one shipped handler, a metric for those that want one, and a rotation to save with."""
+    trainer = trainer_of(optimizer=None)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=1.0))
+    handler = MAKERS[name](trainer, folder).attach(trainer)
+    checkpoints = CheckpointRotation(folder / "checkpoints").attach(trainer, "the test's own")
+    return trainer, handler, checkpoints
+
+
+def ending(trainer):
+    return weights(model_of(trainer)), trainer.state.optimizer_step, trainer.lead.optimizers[0].param_groups[0]["lr"]
+
+
+def comparable(value):
+    """A state with its tensors as lists."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items()}
+    return [comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_run_in_two_halves_ends_like_a_whole_one(name, tmp_path):
+    whole, expected, _ = prepared(name, tmp_path / "whole")
+    whole.run(batches(3), max_epochs=2)
+    first, _, _ = prepared(name, tmp_path / "halves")
+    first.run(batches(3), max_epochs=1)
+    second, handler, checkpoints = prepared(name, tmp_path / "halves")
+    assert checkpoints.resume() is not None
+    second.run(batches(3), max_epochs=2)
+    assert same(ending(second)[0], ending(whole)[0])
+    assert ending(second)[1:] == ending(whole)[1:]
+    assert comparable(handler.state_dict()) == comparable(expected.state_dict())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
+    trainer = trainer_of()
+    before, text = trainer.lead.window.settings, trainer.explain()
+    handler = MAKERS[name](trainer, tmp_path).attach(trainer)
+    assert handler.engine is trainer
+    handler.detach()
+    assert (handler.engine, trainer.handlers, trainer.explain()) == (None, {}, text)
+    assert (trainer.lead.window.settings, trainer.lead.autocast, trainer.lead.scaler) == (before, None, None)
+    assert all(parameter.requires_grad for parameter in model_of(trainer).parameters())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_run_after_detaching_is_the_plain_one(name, tmp_path):
+    trainer, plain = trainer_of(), trainer_of()
+    MAKERS[name](trainer, tmp_path).attach(trainer).detach()
+    trainer.run(batches(3))
+    plain.run(batches(3))
+    assert same(weights(model_of(trainer)), weights(model_of(plain)))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_its_class_says_what_it_changes(name, tmp_path):
+    """What is said in ``changes`` is what a run shows, for those that change anything a step could show."""
+    handler = MAKERS[name](trainer_of(), tmp_path)
+    assert set(handler.changes) <= {"loss", "gradients", "weights"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_its_state_holds_tensors_and_plain_values_alone(name, tmp_path):
+    trainer, handler, _ = prepared(name, tmp_path)
+    trainer.run(batches(3))
+    torch.save(handler.state_dict(), tmp_path / "state.pt")
+    assert comparable(torch.load(tmp_path / "state.pt", weights_only=True)) == comparable(handler.state_dict())
+    handler.detach()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_on_a_plain_ignite_engine_it_works_or_says_what_it_needs(name, tmp_path):
+    """Whatever opens at Ignite's own events alone works; whatever needs more is refused at once, by name."""
+    engine, trainer = Engine(lambda engine, batch: 0.5), trainer_of()
+    handler = MAKERS[name](trainer, tmp_path)
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda e: e.state.metrics.update(score=1.0))
+    if name in ("EarlyStopping", "EmptyCache", "Evaluation", "Progress", "StopOnSignal"):
+        handler.attach(engine)
+        assert engine.run(range(2), max_epochs=2).iteration == 4
+        handler.detach()
+    else:
+        with pytest.raises((TypeError, ValueError), match=rf"{name}.*create_trainer\(\)"):
+            handler.attach(engine)
+        assert handler.engine is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_two_of_a_class_clash_by_name(name, tmp_path):
+    trainer = trainer_of()
+    MAKERS[name](trainer, tmp_path).attach(trainer)
+    with pytest.raises(ValueError, match="is attached already"):
+        MAKERS[name](trainer, tmp_path).attach(trainer)
+    assert len(trainer.handlers) == 1
+
+
+def test_all_of_them_together_run_and_resume(tmp_path):
+    def all_of_them():
+        model = linear()
+        trainer = trainer_of(model, sgd(model, momentum=0.9))
+        for name in reversed(SHIPPED):
+            if name != "Evaluation":
+                MAKERS[name](trainer, tmp_path).attach(trainer)
+        Evaluation(scripted([1.0]), [0]).attach(trainer)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=1.0))
+        return trainer
+
+    first = all_of_them()
+    first.run(batches(4), max_epochs=2)
+    second = all_of_them()
+    assert second.handlers["CheckpointRotation"].resume() == first.handlers["CheckpointRotation"].last
+    second.run(batches(4), max_epochs=3)
+    assert second.state.iteration == 12
+    assert second.state.optimizer_step + second.state.skipped_steps == 6  # the scaler's first scale is too large
