@@ -31,6 +31,17 @@ class Metrics(dict[str, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
+    def __ior__(self, values: Any) -> Metrics:  # type: ignore[override,misc]
+        self.update(values)
+        return self
+
+    def replaced(self, values: Mapping[str, Any]) -> Metrics:
+        """Other entries in place of these, counted on from where these are."""
+        fresh = Metrics()
+        fresh.writes, fresh.version = self.writes, self.version
+        fresh.update(values)
+        return fresh
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Writes and counts the entry where it isn't there yet."""
         if key not in self:

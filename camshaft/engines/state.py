@@ -35,6 +35,7 @@ class TrainerState(State):
     """Whether an epoch has begun whose ``EPOCH_COMPLETED`` has not fired yet."""
 
     def __init__(self) -> None:
+        self._metrics = Metrics()
         super().__init__()
         self.losses: dict[str, Any] = {}
         """The named entries of the objectives' mappings, detached."""
@@ -47,7 +48,7 @@ class TrainerState(State):
 
     @metrics.setter
     def metrics(self, values: dict[str, Any]) -> None:
-        self._metrics = values if isinstance(values, Metrics) else Metrics(values)
+        self._metrics = values if isinstance(values, Metrics) else self._metrics.replaced(values)
 
     def get_event_attrib_value(self, event_name: Any) -> int:
         """The value of the clock on which an event counts."""
