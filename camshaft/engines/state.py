@@ -39,7 +39,6 @@ class TrainerState(State):
         super().__init__()
         self.losses: dict[str, Any] = {}
         """The named entries of the objectives' mappings, detached."""
-        self.metrics = Metrics()
 
     @property
     def metrics(self) -> Metrics:
