@@ -52,8 +52,8 @@ from camshaft.modules import ParameterCount, count_parameters, freeze, unfreeze
 __version__ = "0.1.0"
 
 __all__ = [
-    "DRAGAN",
     "CheckpointRotation",
+    "DRAGAN",
     "EarlyStopping",
     "EmptyCache",
     "Evaluation",

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from camshaft.batches import describe, map_tensors
 from camshaft.engines.checks import check_count, name_of
 
-__all__ = ["DRAGAN", "R1", "R2", "GradientPenalty", "Penalty", "gradient_penalty", "warn_of_batch_norm"]
+__all__ = ["DRAGAN", "GradientPenalty", "Penalty", "R1", "R2", "gradient_penalty", "warn_of_batch_norm"]
 
 HALF = (torch.float16, torch.bfloat16)
 
