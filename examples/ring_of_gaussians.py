@@ -29,9 +29,9 @@ def make_network(inputs, outputs, width=64):
 
 
 def modes_found(samples):
-    """How many modes have at least a quarter of their share of the samples within five standard deviations."""
+    """How many modes have at least a quarter of their share of the samples within three standard deviations."""
     nearest = torch.cdist(samples, ring()).min(dim=1)
-    counts = nearest.indices[nearest.values < 5 * STD].bincount(minlength=MODES)
+    counts = nearest.indices[nearest.values < 3 * STD].bincount(minlength=MODES)
     return int((counts > len(samples) / MODES / 4).sum())
 
 

@@ -539,7 +539,7 @@ def test_finds_all_eight_modes_of_a_ring():
     penalty = GradientPenalty(weight=1.0)
     trainer = create_gan_trainer(generator, critic, *optimizers, latent=4, penalty=penalty, discriminator_steps=3)
     batches = [modes[torch.randint(8, (128,))] + 0.05 * torch.randn(128, 2) for _ in range(300)]
-    trainer.run(batches, max_epochs=10)
+    trainer.run(batches, max_epochs=6)
     with torch.no_grad():
         distances = torch.cdist(generator(torch.randn(2000, 4)), modes)
     near = distances.min(dim=1)

@@ -351,7 +351,7 @@ def test_a_run_after_an_exception_is_like_one_after_terminate(iteration, engine)
         {"event_filter": lambda engine, event: engine.state.epoch == 2},
         {"event_filter": functools.partial(lambda wanted, engine, event: event == wanted, 5)},
     ],
-    ids=str,
+    ids=lambda terms: ",".join(f"{k}={v}" if not callable(v) else k for k, v in terms.items()),
 )
 @pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.GET_BATCH_STARTED, Events.EPOCH_STARTED])
 def test_filters_are_ignites(event, terms, engine):

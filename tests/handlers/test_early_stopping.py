@@ -128,3 +128,15 @@ def test_wrong_arguments_are_errors(arguments, error, text):
     metric = arguments.pop("metric")
     with pytest.raises(error, match=text):
         EarlyStopping(metric, **arguments)
+
+
+def test_metrics_that_are_replaced_at_each_epoch_are_judged():
+    trainer = trainer_of()
+    EarlyStopping("score", patience=2).attach(trainer)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def score(engine):
+        engine.state.metrics = {"score": 1.0}
+
+    trainer.run(batches(1), max_epochs=9)
+    assert trainer.state.epoch == 3
