@@ -77,7 +77,9 @@ def _describe(entry: Any) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     text = f"{owner.describe()}.{name}" if isinstance(owner, Handler) else _qualified(function, owner, name)
     if isinstance(entry, Filtered):
-        terms = [f"{key}={value!r}" if key != "event_filter" else str(value) for key, value in filter_terms(entry.event).items()]
+        terms = [
+            f"{key}={value!r}" if key != "event_filter" else str(value) for key, value in filter_terms(entry.event).items()
+        ]
         text += f"  ({', '.join(terms)})"
     if isinstance(owner, Handler) and owner.changes:
         text += f"  [changes {', '.join(owner.changes)}]"

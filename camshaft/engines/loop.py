@@ -260,7 +260,9 @@ class LoopEngine(Engine):
     def _learn_epoch_length(self, length: int) -> None:
         state = self.state
         if state.max_iters is not None and not length:
-            raise RuntimeError("the data gave no batch, so that max_iters would never be reached; give a loader that isn't empty")
+            raise RuntimeError(
+                "the data gave no batch, so that max_iters would never be reached; give a loader that isn't empty"
+            )
         state.epoch_length = length
         if state.max_iters is not None:
             state.max_epochs = math.ceil(state.max_iters / length)

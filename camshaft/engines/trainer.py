@@ -305,7 +305,7 @@ class Trainer(LoopEngine):
         """Everything that a resumed run needs, as tensors and plain values.
 
         Returns:
-            A dict that ``torch.load(weights_only=True)`` can read back; :meth:`restore` takes it. Its tensors are the live ones.
+            A dict that ``torch.load(weights_only=True)`` can read back, for :meth:`restore`. Its tensors are the live ones.
 
         Raises:
             TypeError: names whatever a checkpoint can't carry.
@@ -333,8 +333,8 @@ def check_phases(phases: Sequence[Phase]) -> None:
         raise ValueError(f"every phase needs a name of its own, got {names}")
     if any(phase.device.type == "meta" for phase in phases):
         raise ValueError(
-            "the model is on 'meta', where parameters have no values: nothing would be trained. Call model.to_empty(device=...) "
-            "and load or initialise its weights before you make the optimizer"
+            "the model is on 'meta', where parameters have no values: nothing would be trained. Call "
+            "model.to_empty(device=...) and load or initialise its weights before you make the optimizer"
         )
     owner: dict[int, str] = {}
     for phase in phases:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -30,6 +29,8 @@ class ExponentialMovingAverage(Handler):
         ValueError: where ``decay`` isn't between 0 and 1.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> from camshaft import create_trainer
         >>> model = nn.Linear(8, 1)
         >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.functional.mse_loss)
@@ -70,7 +71,8 @@ class ExponentialMovingAverage(Handler):
         """Takes the new weights into the average."""
         if engine.state.phase != self._phase_name:
             return
-        assert self.averaged is not None and self._model is not None
+        assert self.averaged is not None
+        assert self._model is not None
         self.averaged.update_parameters(self._model)
         for average, buffer in zip(self.averaged.module.buffers(), self._model.buffers(), strict=True):
             average.copy_(buffer)

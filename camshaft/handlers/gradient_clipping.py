@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from camshaft.events import Handler, Place, StepEvents, on
@@ -31,6 +30,8 @@ class GradientClipping(Handler):
         TypeError: where ``function`` isn't callable.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> from camshaft import create_trainer
         >>> model = nn.Linear(8, 1)
         >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.functional.mse_loss)
