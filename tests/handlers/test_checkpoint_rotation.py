@@ -330,7 +330,6 @@ def full_disk(monkeypatch, call, times=99):
 def test_a_save_that_fails_is_one_warning_and_training_goes_on(call, tmp_path, monkeypatch):
     trainer, checkpoints = rotating(tmp_path, keep_last=1)
     trainer.run(batches(2))
-    before = (tmp_path / "step-00000002.pt").read_bytes()
     full_disk(monkeypatch, call, times=1)
     with pytest.warns(
         RuntimeWarning, match="step-00000004.pt could not be written .No space left.*untouched; training goes on"
@@ -338,8 +337,7 @@ def test_a_save_that_fails_is_one_warning_and_training_goes_on(call, tmp_path, m
         trainer.run(batches(2), max_epochs=2)
     assert trainer.state.optimizer_step == 4
     assert not list(tmp_path.glob(".camshaft-*"))
-    assert before
-    assert checkpoints.last is not None
+    assert checkpoints.last.is_file()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -1,7 +1,5 @@
 """What is written is read back with TensorBoard's own reader."""
 
-import math
-
 import pytest
 import torch
 from ignite.engine import Events
@@ -236,16 +234,6 @@ def test_a_resumed_run_goes_on_in_the_same_folder_and_hides_what_came_after(tmp_
     assert [step for step, _ in curve(tmp_path / "board", "val/score")] == [2, 4, 6, 8]
     losses, _ = by_hand(batches(2) * 4)
     assert [value for _, value in curve(tmp_path / "board", "train/loss")] == pytest.approx(losses, rel=1e-5)
-
-
-def test_a_gap_between_points_starts_afresh_after_a_resume(tmp_path):
-    """The losses before the checkpoint that had made no point yet are not counted into the next one."""
-    first, _ = resumable(tmp_path)
-    first.run(batches(2), max_epochs=1)
-    second, checkpoints = resumable(tmp_path)
-    checkpoints.resume()
-    second.run(batches(2), max_epochs=2)
-    assert math.isfinite(curve(tmp_path / "board", "train/loss")[-1][1])
 
 
 def test_a_run_that_stops_early_has_its_last_metrics_and_hparams(tmp_path):
