@@ -312,7 +312,9 @@ def differentiate(critic: Any, points: torch.Tensor, args: tuple[Any, ...]) -> t
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without its graph, and in float32 where autocast has made it shorter."""
-    return tensor.detach().float() if tensor.dtype in HALF else tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def one_each(scores: Any, samples: int) -> bool:
