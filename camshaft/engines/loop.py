@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ignite.engine import CallableEventWithFilter, Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
 
-from camshaft.events import Place, filter_terms, split
+from camshaft.events import Place, filter_terms, split, stop
 
 __all__ = ["LoopEngine"]
 
@@ -66,6 +66,8 @@ class LoopEngine(Engine):
         self._listeners: dict[str, tuple[Any, ...]] = {}
         self.heard = Heard()
         """For each event, under its value, whether anybody listens."""
+        self.ending: str | None = None
+        """Why the run is about to end; a batch that can't be fetched is no error then."""
         self.epoch_iteration = 0
         """The number of this epoch's batches that have been fetched so far."""
         super().__init__(process_function)
@@ -216,7 +218,9 @@ class LoopEngine(Engine):
                     yield from self._maybe_terminate_or_interrupt()
                 try:
                     state.batch = next(self._dataloader_iter)  # type: ignore[arg-type]
-                except StopIteration:
+                except Exception as error:
+                    if not isinstance(error, StopIteration):
+                        self._could_not_fetch(error)
                     if state.epoch_length is None:
                         self._learn_epoch_length(position)
                         break
@@ -256,6 +260,14 @@ class LoopEngine(Engine):
             fire(Events.TERMINATE_SINGLE_EPOCH, iter_counter=position)
             self._setup_dataloader_iter()
         return time.time() - started
+
+    def _could_not_fetch(self, error: Exception) -> None:
+        """Ends a run that is about to end anyway, where whatever asks it to has ended the loader's workers too."""
+        if self.ending is None:
+            raise error
+        self.logger.warning(f"The run ends before its next batch, which could not be fetched: {error}")
+        stop(self, self.ending)
+        raise _EngineTerminateException
 
     def _learn_epoch_length(self, length: int) -> None:
         state = self.state

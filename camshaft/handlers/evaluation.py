@@ -87,7 +87,12 @@ class Evaluation(Handler):
         modules = [phase.module for phase in getattr(engine, "phases", {}).values()]
         averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
         with kept_training_flags(*modules), kept_rng(), averaged:
-            self.evaluator.run(self.data)
+            try:
+                self.evaluator.run(self.data)
+            except Exception:
+                if getattr(engine, "ending", None) is None:
+                    raise
+                return  # what is about to end the run has ended the loader's workers first
         self.has_run = True
         self.evaluated_at = self._clock(engine)
         for name, value in self.evaluator.state.metrics.items():

@@ -13,6 +13,8 @@ from camshaft.events import Events, Handler, Place, on, stop
 
 __all__ = ["StopOnSignal"]
 
+CHILD_ENDED = getattr(signal, "SIGCHLD", None)
+
 
 class StopOnSignal(Handler):
     """Ends the run after the open window when a signal comes: ``COMPLETED`` handlers run, checkpoints are saved, logs flushed.
@@ -44,7 +46,7 @@ class StopOnSignal(Handler):
     @on(Events.STARTED)
     def listen(self, engine: Any) -> None:
         """Begins to listen, where that is possible."""
-        self.received = engine.exit_code = None
+        self.received = engine.exit_code = engine.ending = None
         if threading.current_thread() is not threading.main_thread():
             warnings.warn("StopOnSignal can listen only in the main thread; this run will not stop on signals", stacklevel=2)
             return
@@ -58,6 +60,10 @@ class StopOnSignal(Handler):
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
+        self.engine.ending = f"{self.received.name} received"
+        if CHILD_ENDED is not None and CHILD_ENDED not in self._before:
+            # A signal to the whole group ends the workers too; torch would raise for that in the midst of a step.
+            self._before[CHILD_ENDED] = signal.signal(CHILD_ENDED, signal.SIG_DFL)
 
     @on(Events.ITERATION_COMPLETED, place=Place.JUDGE)
     def look(self, engine: Any) -> None:
@@ -72,8 +78,7 @@ class StopOnSignal(Handler):
             self._stop(engine)
 
     def _stop(self, engine: Any) -> None:
-        assert self.received is not None
-        stop(engine, f"{self.received.name} received")
+        stop(engine, engine.ending)
 
     @on(Events.INTERRUPT, place=Place.SAVE + 1)
     def pause(self, engine: Any) -> None:

@@ -24,14 +24,14 @@ def points(folder, tag="train/loss"):
     return [point.step for point in board.Reload().Scalars(tag)]
 
 
-def assert_stopped_in_order(folder, reported, at_least):
+def assert_stopped_in_order(folder, reported, at_least, *, closed=True):
     """The newest checkpoint is of the last step, every point is on the disk, and the handlers of the end have run."""
     last = max(number for number in reported if number < IN_EVALUATION)
     assert at_least <= last < BATCHES * EPOCHS
     newest = max((folder / "checkpoints").glob("*.pt"))
     content = load_checked(newest)
     assert content["clocks"]["iteration"] == last
-    assert last % BATCHES % WINDOW == 0, "the window wasn't closed"
+    assert not closed or last % BATCHES % WINDOW == 0, "the window wasn't closed"
     step = content["phases"]["model"]["optimizer_step"]
     assert reported[-1] == COMPLETED + step
     assert points(folder) == list(range(1, step + 1))
@@ -60,20 +60,22 @@ def test_a_script_that_is_stopped_in_mid_epoch(tmp_path, uninterrupted, number):
 
 
 WORKERS = [
-    ("fork", signal.SIGTERM, False),
-    ("fork", signal.SIGINT, True),  # Ctrl-C in a terminal reaches every process of the group
-    ("forkserver", signal.SIGTERM, False),
+    ("fork", signal.SIGTERM, False, True),
+    ("fork", signal.SIGINT, True, True),  # Ctrl-C in a terminal reaches every process of the group
+    ("forkserver", signal.SIGTERM, False, True),
+    ("fork", signal.SIGTERM, True, False),  # as a batch system sends it: the workers end too, and can't fill the window
+    ("forkserver", signal.SIGINT, True, False),
 ]
 
 
-@pytest.mark.parametrize(("context", "number", "group"), WORKERS)
-def test_with_workers(tmp_path, uninterrupted, context, number, group):
+@pytest.mark.parametrize(("context", "number", "group", "closed"), WORKERS)
+def test_with_workers(tmp_path, uninterrupted, context, number, group, closed):
     with Child(train_slowly, tmp_path / "notes", tmp_path, workers=2, context=context) as child:
         child.wait_for(MID_EPOCH)
         child.signal(number, group=group)
         assert child.join() == 128 + number, child.error()
-        assert child.error() == ""
-        assert_stopped_in_order(tmp_path, child.reported, MID_EPOCH)
+        assert "Traceback" not in child.error()  # at most a word on a batch that the ended workers couldn't give
+        assert_stopped_in_order(tmp_path, child.reported, MID_EPOCH, closed=closed)
     assert_goes_on_exactly(tmp_path, uninterrupted)
 
 
