@@ -196,6 +196,10 @@ class LoopEngine(Engine):
                 self._init_iter = 0  # as after terminate(): the next epoch begins with its first batch
             raise
 
+    def _internal_run_legacy(self) -> State:
+        """Ignite's loop without interruption isn't ours: there is one loop, and ``interrupt()`` refuses by itself."""
+        return self._internal_run()
+
     def _data_stopped(self) -> None:
         """Called when an epoch gets no more data, before the events that say so."""
 
@@ -242,7 +246,8 @@ class LoopEngine(Engine):
                 state.iteration += 1
                 if heard.iteration_started:
                     fire(ITERATION_STARTED)
-                    yield from self._maybe_terminate_or_interrupt()
+                    if self.should_terminate or self.should_terminate_single_epoch or self.should_interrupt:
+                        yield from self._maybe_terminate_or_interrupt()
                 state.output = step(self, state.batch)
                 if heard.iteration_completed:
                     fire(ITERATION_COMPLETED)

@@ -83,15 +83,19 @@ class TensorBoard(Handler):
     @on(Events.STARTED, place=Place.LOG)
     def open(self, engine: Any) -> None:
         """Opens the run's event file; a resumed run hides what came after the step that it goes on from."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
+        self._summary = Summary
         self.close()
         state = engine.state
         resumed = state.iteration > 0
         self.writer = SummaryWriter(self.log_dir, purge_step=state.optimizer_step + 1 if resumed else None)
         self._main = list(engine.phases)[-1]
         self._version = state.metrics.version
-        self._restart()
+        if not resumed:
+            self._losses, self._batches = [], 0
+        self._restart_clock()
         self.writer.add_text("cycle", "```\n" + engine.explain() + "\n```", state.optimizer_step)
 
     @on(Events.EPOCH_STARTED)
@@ -134,19 +138,16 @@ class TensorBoard(Handler):
         if self._samples and self._seconds > 0:
             values["train/samples_per_second"] = self._samples / self._seconds
         self._write(values, state.optimizer_step)
-        self._restart()
+        self._losses, self._batches = [], 0
+        self._restart_clock()
 
-    def _restart(self) -> None:
-        self._losses = []
-        self._batches = self._samples = 0
-        self._since, self._seconds = time.perf_counter(), 0.0
+    def _restart_clock(self) -> None:
+        self._samples, self._since, self._seconds = 0, time.perf_counter(), 0.0
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
         """One event with all values: a tenth of the cost of one call each."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self.writer.file_writer.add_summary(Summary(value=entries), step)
+        entries = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self.writer.file_writer.add_summary(self._summary(value=entries), step)
 
     def _has_new_metrics(self, engine: Any, _: int) -> bool:
         return bool(engine.state.metrics.version != self._version)
@@ -187,11 +188,27 @@ class TensorBoard(Handler):
                 self.writer.file_writer.add_summary(summary)
         self.close()
 
-    @on(Events.EXCEPTION_RAISED | Events.TERMINATE | Events.INTERRUPT)
-    def flush(self, engine: Any, *_: Any) -> None:
+    @on(Events.TERMINATE | Events.INTERRUPT)
+    def flush(self, engine: Any) -> None:
         """Whatever ends the run, what has been written is on the disk."""
         if self.writer is not None:
             self.writer.flush()
+
+    @on(Events.EXCEPTION_RAISED)
+    def give_up(self, engine: Any, error: BaseException) -> None:
+        """Closes the file; a further run opens another."""
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses since the last point. What a checkpoint comes after is on the disk before it."""
+        if self.writer is not None:
+            self.writer.flush()
+        return {"losses": torch.stack(self._losses) if self._losses else None, "batches": self._batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the losses since the last point."""
+        self._losses = [] if state["losses"] is None else list(state["losses"])
+        self._batches = state["batches"]
 
     def on_detach(self, engine: Any) -> None:
         """Closes the file."""

@@ -236,6 +236,37 @@ def test_a_resumed_run_goes_on_in_the_same_folder_and_hides_what_came_after(tmp_
     assert [value for _, value in curve(tmp_path / "board", "train/loss")] == pytest.approx(losses, rel=1e-5)
 
 
+def test_a_point_that_a_stop_falls_into_is_whole_after_the_resume(tmp_path):
+    def make():
+        trainer = trainer_of()
+        board = TensorBoard(tmp_path / "board", every=4).attach(trainer)
+        return trainer, board, CheckpointRotation(tmp_path / "checkpoints").attach(trainer)
+
+    trainer, _, _ = make()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: trainer.terminate())
+    trainer.run(batches(8))
+    trainer, _, rotation = make()
+    rotation.resume()
+    trainer.run(batches(8))
+    losses, _ = by_hand(batches(8))
+    means = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
+    assert [value for _, value in curve(tmp_path / "board", "train/loss")] == pytest.approx(means, rel=1e-6)
+
+
+def test_what_a_checkpoint_comes_after_is_on_the_disk_before_it(tmp_path):
+    trainer = trainer_of()
+    TensorBoard(tmp_path, every=1).attach(trainer)
+    seen = []
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=3))
+    def save(engine):
+        engine.checkpoint()
+        seen.extend(step for step, _ in curve(tmp_path, "train/loss"))
+
+    trainer.run(batches(5))
+    assert seen == [1, 2, 3]
+
+
 def test_a_run_that_stops_early_has_its_last_metrics_and_hparams(tmp_path):
     trainer = trainer_of()
     Evaluation(scripted([1.0]), [0]).attach(trainer)
