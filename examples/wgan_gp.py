@@ -80,10 +80,10 @@ def arguments():
     parser.add_argument("--out", type=Path, default=Path("runs/wgan_gp"), help="where to write")
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     parser.add_argument("--quick", action="store_true", help="few images and two epochs, to see that everything works")
-    parser.add_argument("--epochs", type=int, help="60, or 2 with --quick")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--critic-steps", type=int, default=3, help="critic steps for each step of the generator")
+    parser.add_argument("--epochs", type=int, help="50, or 2 with --quick")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--critic-steps", type=int, default=2, help="critic steps for each step of the generator")
     parser.add_argument("--amp", choices=["bf16", "fp16"])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -91,7 +91,7 @@ def arguments():
 
 def main():
     args = arguments()
-    epochs = args.epochs or (2 if args.quick else 60)
+    epochs = args.epochs or (2 if args.quick else 50)
     seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
