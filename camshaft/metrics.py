@@ -136,5 +136,19 @@ class MetricWatch:
         known = ", ".join(map(repr, metrics)) or "none"
         raise ValueError(
             f"{self.owner}: no metric named {self.metric!r} by the end of epoch {engine.state.epoch}; "
-            f"engine.state.metrics has {known}. Attach an Evaluation that computes it, or correct the name"
+            f"engine.state.metrics has {known}. Attach an Evaluation that computes it, or correct the name; where a handler of "
+            "your own writes it later, set it to NaN before the first epoch ends"
         )
+
+    def check_at_end(self, engine: Any) -> None:
+        """Raises where a run that wasn't stopped has ended without the entry.
+
+        Raises:
+            ValueError: names the entries that there are.
+        """
+        if self.metric not in engine.state.metrics and getattr(engine.state, "stop_reason", None) is None:
+            known = ", ".join(map(repr, engine.state.metrics)) or "none"
+            raise ValueError(
+                f"{self.owner}: no metric named {self.metric!r} in the whole run; engine.state.metrics has {known}. "
+                "Correct the name, or have it evaluated before the run ends"
+            )

@@ -14,4 +14,6 @@ def group_rates(optimizers: Sequence[Optimizer]) -> list[tuple[str, float]]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if len(groups) == 1:
         return [("lr", float(groups[0]["lr"]))]
-    return [(f"lr/{group.get('name', number)}", float(group["lr"])) for number, group in enumerate(groups)]
+    names = [str(group.get("name", number)) for number, group in enumerate(groups)]
+    unique = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
+    return [(f"lr/{name}", float(group["lr"])) for name, group in zip(unique, groups, strict=True)]

@@ -62,6 +62,13 @@ def create_evaluator(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a mapping of names to Ignite metrics, got {type(metrics).__name__}")
+    if not callable(prepare_batch):
+        raise TypeError(f"prepare_batch must be callable, got {prepare_batch!r}")
+    for argument, function in (("model_transform", model_transform), ("output_transform", output_transform)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{argument} must be callable, got {function!r}")
     place = check_device(device, model)
     autocast = autocast_for(amp, place)
 

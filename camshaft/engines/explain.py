@@ -23,11 +23,12 @@ CYCLE: tuple[tuple[Any, int], ...] = (
     (Events.ITERATION_STARTED, 2),
     *((event, 3) for event in StepEvents),
     (Events.ITERATION_COMPLETED, 2),
+    (Events.DATALOADER_STOP_ITERATION, 2),
+    (Events.INTERRUPT, 2),
+    (Events.TERMINATE_SINGLE_EPOCH, 1),
     (Events.EPOCH_COMPLETED, 1),
-    (Events.COMPLETED, 0),
-    (Events.TERMINATE_SINGLE_EPOCH, 0),
     (Events.TERMINATE, 0),
-    (Events.INTERRUPT, 0),
+    (Events.COMPLETED, 0),
     (Events.EXCEPTION_RAISED, 0),
 )
 """Every event in the order in which it fires, and how deep it is nested."""
@@ -46,6 +47,11 @@ def explain(trainer: Trainer) -> str:
             continue
         lines.append("  " * depth + event.name)
         lines += ["  " * depth + "    " + _describe(handler) for handler in handlers]
+    known = {event for event, _ in CYCLE}
+    for event, entries in trainer._event_handlers.items():  # a user's own events, fired whenever the user fires them
+        if event not in known and entries:
+            lines.append(str(getattr(event, "name", event)))
+            lines += ["    " + _describe(entry[0]) for entry in entries]
     return "\n".join(lines)
 
 

@@ -167,6 +167,7 @@ def create_gan_trainer(
 
     if amp is not None:
         MixedPrecision(amp).attach(trainer)
+    check_count(accumulation_steps, "accumulation_steps")
     if (accumulation_steps, loss_weight, partial_window) != (1, "batch", "step"):
         GradientAccumulation(accumulation_steps, loss_weight=loss_weight, partial_window=partial_window).attach(trainer)
     if clip_grad_norm is not None or clip_grad_value is not None:

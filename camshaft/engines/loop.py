@@ -173,6 +173,7 @@ class LoopEngine(Engine):
         """Runs every ``EXCEPTION_RAISED`` handler, then lets the exception go on."""
         if isinstance(e, GeneratorExit):  # an interrupted run that is thrown away
             raise e
+        self.last_event_name = Events.EXCEPTION_RAISED
         add_note(e, f"camshaft: in epoch {self.state.epoch}, iteration {self.state.iteration}")
         for function, first, rest, kwargs, _, _ in self._compile(Events.EXCEPTION_RAISED):
             try:

@@ -259,12 +259,17 @@ class Phase:
         """
         self._refusals.append((flag, then))
 
+    def overflows(self) -> list[torch.Tensor]:
+        """What the scaler has found while it unscaled: tensors on the device that aren't 0 where the gradient overflowed."""
+        if self.scaler is None:
+            return []
+        return [found for o in self.optimizers for found in self.scaler._found_inf_per_device(o).values()]
+
     def _refused(self) -> bool:
         """Whether the scaler or a handler refuses the step: the one moment at which the host waits for the device."""
         refusals, self._refusals = self._refusals, []
         flags = [flag for flag, _ in refusals]
-        if self.scaler is not None:
-            flags += [found for o in self.optimizers for found in self.scaler._found_inf_per_device(o).values()]
+        flags += self.overflows()
         if not flags:
             return False
         verdicts = torch.stack([flag.detach().to(flags[0].device, torch.float32) for flag in flags]).tolist()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import detached, prepare_pair
-from camshaft.engines.checks import name_of
+from camshaft.engines.checks import check_count, name_of
 from camshaft.engines.phase import Phase
 from camshaft.engines.trainer import Trainer
 from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
@@ -100,6 +100,7 @@ def create_trainer(
 
     if amp is not None:
         MixedPrecision(amp).attach(trainer)
+    check_count(accumulation_steps, "accumulation_steps")
     if (accumulation_steps, loss_weight, partial_window) != (1, "batch", "step"):
         GradientAccumulation(accumulation_steps, loss_weight=loss_weight, partial_window=partial_window).attach(trainer)
     if clip_grad_norm is not None or clip_grad_value is not None:

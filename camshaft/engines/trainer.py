@@ -17,7 +17,7 @@ from camshaft.engines.explain import explain
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
 from camshaft.engines.state import TrainerState
-from camshaft.events import Handler, StepEvents
+from camshaft.events import Handler, PhaseEvent, StepEvents
 from camshaft.randomness import restore_rng
 from camshaft.rates import group_rates
 
@@ -113,6 +113,11 @@ class Trainer(LoopEngine):
     def window_is_open(self) -> bool:
         """Whether any phase has gathered gradients that no optimizer step has used yet."""
         return any(phase.window_is_open for phase in self.phases.values())
+
+    def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
+        if isinstance(event_name, PhaseEvent):
+            self.phases_named(event_name.phase)  # a misspelt phase would never be heard
+        return super()._handler_wrapper(handler, event_name, event_filter)
 
     @property
     def is_running(self) -> bool:

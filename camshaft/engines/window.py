@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def checked_weight(weight: Any, function: Callable[[Any], Any]) -> Any:
         if weight.device.type != "cpu":
             return weight.detach().reshape(())
         weight = float(weight)
-    if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+    if not isinstance(weight, Real) or not 0 <= float(weight) < float("inf"):
         name = getattr(function, "__qualname__", repr(function))
         raise ValueError(f"loss_weight ({name}) must give a finite number of at least 0, got {weight!r}")
-    return weight
+    return float(weight)

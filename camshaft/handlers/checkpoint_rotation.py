@@ -144,6 +144,8 @@ class CheckpointRotation(Handler):
             yield Listener(event, self.request, Place.SAVE - 1)
         yield Listener(Events.ITERATION_COMPLETED(self._is_due), self.settle, Place.SAVE)
         yield Listener(Events.EPOCH_COMPLETED, self.settle_epoch, Place.SAVE)
+        if self.watch is not None:
+            yield Listener(Events.COMPLETED, self.watch.check_at_end, Place.SAVE + 2)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
@@ -193,7 +195,8 @@ class CheckpointRotation(Handler):
         score = self.watch.take(engine)
         if not math.isfinite(score):
             return
-        self._score = engine.state.optimizer_step, score
+        step = next(iter(engine.phases.values())).optimizer_step
+        self._score = step + engine.window_is_open, score  # inside a window it goes to the checkpoint at the window's end
         ranked = best_first(self.index.entries, self.mode)[: self.keep_best]
         among = len(ranked) < self.keep_best or any(
             (score > entry.score) if self.mode == "max" else (score < entry.score)
@@ -211,6 +214,8 @@ class CheckpointRotation(Handler):
     def save(self) -> Path | None:
         """Writes a checkpoint now, or inside a run at the end of the open window, after every other handler.
 
+        In a handler of ``EXCEPTION_RAISED`` it is written now, for no window's end is to come.
+
         Returns:
             The file; ``None`` where it is still to come.
 
@@ -219,7 +224,7 @@ class CheckpointRotation(Handler):
         """
         if self.engine is None:
             raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
-        if self.engine.is_running:
+        if self.engine.is_running and self.engine.last_event_name != Events.EXCEPTION_RAISED:
             self.request()
             return None
         return self._save()
@@ -229,7 +234,7 @@ class CheckpointRotation(Handler):
         self._requested = False
         step = next(iter(engine.phases.values())).optimizer_step
         score = self._given[1] if self._given[0] == step else None  # saved again, it is the same weights' score
-        if self._score is not None and self._score[0] >= state.optimizer_step - 1:
+        if self._score is not None and self._score[0] == step + engine.window_is_open:
             score, self._score = self._score[1], None
         self._given = step, score
         metrics = {name: _finite(value) for name, value in state.metrics.items()}
@@ -271,6 +276,8 @@ class CheckpointRotation(Handler):
                 raise BadFile(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")
             return self._load(self.best)
         if which != "auto":
+            if not Path(which).exists():
+                raise BadFile(f"{which} isn't there; which must be 'auto', 'best' or the path of a checkpoint")
             return self._load(Path(which))
         passed_over: list[str] = []
         for path in self.index.newest_first():

@@ -63,6 +63,7 @@ class EarlyStopping(Handler):
         """The end of each epoch, and of an iteration in which the score was evaluated."""
         yield from super().listeners()
         yield Listener(Events.ITERATION_COMPLETED(self._is_new) | Events.EPOCH_COMPLETED, self.judge, Place.JUDGE)
+        yield Listener(Events.COMPLETED, self.watch.check_at_end, Place.SAVE + 2)
 
     def _is_new(self, engine: Any, _: int) -> bool:
         return self.watch.is_new(engine)

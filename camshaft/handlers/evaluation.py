@@ -57,6 +57,8 @@ class Evaluation(Handler):
             raise TypeError(f"evaluator must be an Ignite engine, got {type(evaluator).__name__}")
         if not hasattr(data, "__iter__"):
             raise TypeError(f"data must be batches that can be passed over, got {type(data).__name__}")
+        if isinstance(data, Iterator):
+            raise TypeError(f"data must be batches that can be passed over again and again, got a {type(data).__name__}")
         if not isinstance(prefix, str) or not prefix:
             raise TypeError(f"prefix must be a name such as 'val', got {prefix!r}")
         if ema is not None and not hasattr(ema, "swapped_in"):

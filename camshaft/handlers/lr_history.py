@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from camshaft.events import Handler, Place, StepEvents, on
+from camshaft.events import Events, Handler, Place, StepEvents, on
 from camshaft.rates import group_rates
 
 __all__ = ["LRHistory"]
@@ -45,6 +45,12 @@ class LRHistory(Handler):
     def on_attach(self, engine: Any) -> None:
         """Needs a trainer's phases."""
         engine.phases_named(None)
+
+    @on(Events.STARTED)
+    def start(self, engine: Any) -> None:
+        """A new run has notes of its own; a resumed one goes on with them."""
+        if engine.state.iteration == 0:
+            self._steps, self._rates = {}, {}
 
     @on(StepEvents.OPTIMIZER_STEP_COMPLETED, place=Place.HISTORY)
     def note(self, engine: Any) -> None:
@@ -95,6 +101,7 @@ class LRHistory(Handler):
 
         Raises:
             ValueError: where ``steps`` is no positive integer.
+            TypeError: where ``scheduler`` is none, or follows a metric.
 
         Example:
             >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -104,6 +111,8 @@ class LRHistory(Handler):
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a positive integer, got {steps!r}")
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or not hasattr(scheduler, "optimizer"):
+            raise TypeError(f"scheduler must be a torch scheduler that needs no metric, got {type(scheduler).__name__}")
         twin = twin_of(scheduler)
         history: dict[str, list[tuple[int, float]]] = {}
         with warnings.catch_warnings():

@@ -73,8 +73,10 @@ class LRScheduling(Handler):
         """The event of the clock that was chosen."""
         yield from super().listeners()
         if self.watch is not None:
-            fresh = Events.ITERATION_COMPLETED(self._is_new) | Events.EPOCH_COMPLETED
+            fresh = Events.ITERATION_COMPLETED(self._is_new) | Events.EPOCH_COMPLETED(self._is_new)
             yield Listener(fresh, self.step_on_metric, Place.SCHEDULE_BY_METRIC)
+            yield Listener(Events.EPOCH_COMPLETED, self.step_on_late_metric, Place.SCHEDULE)
+            yield Listener(Events.COMPLETED, self.watch.check_at_end, Place.SAVE + 2)
         elif self.every == "epoch":
             yield Listener(Events.EPOCH_COMPLETED, self.step, Place.SCHEDULE)
         else:
@@ -98,8 +100,13 @@ class LRScheduling(Handler):
     def step_on_metric(self, engine: Any) -> None:
         """Steps the scheduler with a metric that has been evaluated anew."""
         assert self.watch is not None
+        self.scheduler.step(self.watch.take(engine))
+
+    def step_on_late_metric(self, engine: Any) -> None:
+        """The same for a metric that a user's handler, or one of Ignite's on the trainer, writes at the epoch's end."""
+        assert self.watch is not None
         if self.watch.is_new(engine):
-            self.scheduler.step(self.watch.take(engine))
+            self.step_on_metric(engine)
         else:
             self.watch.check_exists(engine)
 

@@ -16,7 +16,7 @@ ACTIONS = ("raise", "skip", "stop")
 class NonFiniteGuard(Handler):
     """Looks at the losses and the gradient of every window before the weights change.
 
-    Under float16 an overflow of the scaled gradient is the scaler's business; the guard then looks at the losses alone. Its
+    Under float16 an overflow of the scaled gradient is the scaler's business, and the guard lets it be. Its
     question is answered together with the scaler's, in one transfer per optimizer step.
 
     Args:
@@ -48,12 +48,14 @@ class NonFiniteGuard(Handler):
     def check(self, engine: Any) -> None:
         """Asks that the step be refused where anything isn't finite."""
         phase = engine.phases[engine.state.phase]
-        watched = [loss for _, loss in self._losses]
-        if phase.scaler is None:
-            watched += [p.grad for p in phase.parameters() if p.grad is not None]
-        peaks = largest(watched)
-        finite = torch.stack([peak.to(peaks[0].device) for peak in peaks]).isfinite().all()
-        engine.refuse_step(~finite, lambda: self._refuse(engine))
+        bad = any_non_finite([loss for _, loss in self._losses])
+        gradients = [p.grad for p in phase.parameters() if p.grad is not None]
+        if gradients:
+            bad_gradient = any_non_finite(gradients)
+            for overflow in phase.overflows():  # the scaler's own business
+                bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
+            bad = bad | bad_gradient.to(bad.device)
+        engine.refuse_step(bad, lambda: self._refuse(engine))
 
     def _refuse(self, engine: Any) -> None:
         if self.action == "skip":
@@ -75,7 +77,14 @@ class NonFiniteGuard(Handler):
         return f"the gradient of {names or 'a parameter'} is not finite in iteration {state.iteration}, {where}"
 
 
-def largest(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The largest magnitude in each tensor that has entries; unlike a sum it can't overflow where all of them are finite."""
+def any_non_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whether any entry isn't finite, as a tensor on the device.
+
+    It looks at the largest magnitudes: unlike sums they can't overflow where all entries are finite.
+    """
     dense = (tensor._values() if tensor.is_sparse else tensor for tensor in tensors)
-    return torch._foreach_norm([entries.detach() for entries in dense if entries.numel()], float("inf"))
+    entries = [values.detach() for values in dense if values.numel()]
+    if not entries:
+        return torch.zeros((), dtype=torch.bool, device=tensors[0].device)
+    peaks = torch._foreach_norm(entries, float("inf"))
+    return ~torch.stack([peak.to(peaks[0].device) for peak in peaks]).isfinite().all()

@@ -80,6 +80,11 @@ class TensorBoard(Handler):
         fresh = Events.ITERATION_COMPLETED(self._has_new_metrics) | Events.EPOCH_COMPLETED | Events.COMPLETED
         yield Listener(fresh, self.write_metrics, Place.LOG)
 
+    def on_attach(self, engine: Any) -> None:
+        """Opens the file at once where a run is under way."""
+        if engine.is_running:
+            self.open(engine)
+
     @on(Events.STARTED, place=Place.LOG)
     def open(self, engine: Any) -> None:
         """Opens the run's event file; a resumed run hides what came after the step that it goes on from."""
@@ -126,8 +131,8 @@ class TensorBoard(Handler):
         state = engine.state
         if state.phase != self._main:
             return
-        values: dict[str, Any] = {f"train/{name}": value for name, value in state.losses.items()}
-        if len(engine.phases) == 1:
+        values: dict[str, Any] = {f"train/{name}": value for name, value in flat(state.losses)}
+        if len(engine.phases) == 1 and self._batches:
             values["train/loss"] = torch.stack(self._losses).sum() / self._batches
         if state.grad_norm is not None:
             values["train/grad_norm"] = state.grad_norm

@@ -615,3 +615,29 @@ def test_trainer_runs_after_bad_data(bad):
     trainer.run(batches())
     trainer_of(expected).run(batches())
     assert same(weights(model), weights(expected))
+
+
+def test_a_phase_that_there_is_not():
+    trainer = trainer_of()
+    with pytest.raises(ValueError, match=r"phase must be one of \['model'\], got 'modle'"):
+        trainer.on(StepEvents.GRADIENTS_READY(phase="modle"))(print)
+
+
+def test_a_metric_that_the_last_evaluation_did_not_bring_either():
+    trainer = trainer_of()
+    evaluator = create_evaluator(trainer.lead.module, metrics={"l": Loss(torch.nn.functional.mse_loss)})
+    Evaluation(evaluator, batches(1), every=Events.EPOCH_COMPLETED(every=5)).attach(trainer)
+    EarlyStopping("val/loss", mode="min").attach(trainer)
+    with pytest.raises(ValueError, match="no metric named 'val/loss' in the whole run; engine.state.metrics has 'val/l'"):
+        trainer.run(batches(2), max_epochs=3)
+
+
+@pytest.mark.parametrize("argument", ["prepare_batch", "model_transform", "output_transform"])
+def test_what_an_evaluator_cannot_call(argument):
+    with pytest.raises(TypeError, match=f"{argument} must be callable, got 3"):
+        create_evaluator(torch.nn.Linear(2, 1), **{argument: 3})
+
+
+def test_evaluation_data_that_can_be_passed_over_once():
+    with pytest.raises(TypeError, match="data must be batches that can be passed over again and again"):
+        Evaluation(create_evaluator(torch.nn.Linear(2, 1)), iter(batches(2)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.metrics import Average
 from torch.optim import lr_scheduler
 from toys import batches, linear, scripted, sgd, trainer_of
 
@@ -178,3 +179,17 @@ def of_another_optimizer():
 def test_wrong_arguments_are_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_metric_of_ignites_on_the_trainer_is_followed_in_its_own_epoch():
+    trainer = trainer_of()
+    Average().attach(trainer, "loss")
+    seen = []
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.lead.optimizers[0])
+    plateau.step = seen.append
+    LRScheduling(plateau, metric="loss").attach(trainer)
+    means = []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: means.append(float(e.state.metrics["loss"])))
+    trainer.run(batches(3), max_epochs=3)
+    assert seen == means
+    assert len(seen) == 3

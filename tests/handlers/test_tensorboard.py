@@ -1,5 +1,7 @@
 """What is written is read back with TensorBoard's own reader."""
 
+import time
+
 import pytest
 import torch
 from ignite.engine import Events
@@ -226,6 +228,7 @@ def resumable(folder):
 def test_a_resumed_run_goes_on_in_the_same_folder_and_hides_what_came_after(tmp_path):
     first, _ = resumable(tmp_path)
     first.run(batches(2), max_epochs=3)
+    time.sleep(1.1)  # the reader puts files in order by the second in their names
     second, checkpoints = resumable(tmp_path)
     checkpoints.resume(tmp_path / "checkpoints" / "step-00000004.pt")
     second.run(batches(2), max_epochs=4)
@@ -245,6 +248,7 @@ def test_a_point_that_a_stop_falls_into_is_whole_after_the_resume(tmp_path):
     trainer, _, _ = make()
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: trainer.terminate())
     trainer.run(batches(8))
+    time.sleep(1.1)
     trainer, _, rotation = make()
     rotation.resume()
     trainer.run(batches(8))
