@@ -301,4 +301,4 @@ def add_note(error: BaseException, note: str) -> None:
     """Adds a note to an exception, once. Python 3.10 keeps it but doesn't print it."""
     notes = getattr(error, "__notes__", [])
     if note not in notes:
-        error.__notes__ = [*notes, note]
+        vars(error)["__notes__"] = [*notes, note]
