@@ -11,7 +11,8 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt
 	touch $@
 
 mnist: $(VENV)/.installed
-	$(BIN)/python examples/mnist.py
+	$(BIN)/python examples/mnist.py $(ARGS)
+	@echo "(from here: $(BIN)/tensorboard --logdir runs; to go on: make mnist ARGS=--resume)"
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
