@@ -1,5 +1,6 @@
 """What every test stands on: a seed of its own, and the promise that it leaves nothing behind."""
 
+import gc
 import os
 import random
 import signal
@@ -57,3 +58,10 @@ def _leaves_nothing_behind():
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers, "the test left a signal handler"
     assert _environment() == environment, "the test changed the environment"
     assert _torch_settings() == settings, "the test changed a setting of torch"
+
+
+@pytest.fixture
+def collected():
+    """Loaders with persistent workers live in cycles with their trainers; they end when those are collected."""
+    yield
+    gc.collect()

@@ -13,6 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler,
 from camshaft import CheckpointRotation, EarlyStopping, StepEvents
 from camshaft.testing import assert_resumes_exactly
 
+pytestmark = pytest.mark.usefixtures("collected")
+
 
 @pytest.mark.parametrize("part", range(4))
 def test_terminated_after_each_of_65_iterations(part):

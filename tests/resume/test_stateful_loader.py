@@ -7,7 +7,10 @@ from runs import Noisy, make_small
 
 from camshaft.testing import assert_resumes_exactly
 
-pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.set_vital. is deprecated"),
+    pytest.mark.usefixtures("collected"),
+]
 stateful = pytest.importorskip("torchdata.stateful_dataloader")
 
 
