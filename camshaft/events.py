@@ -66,7 +66,7 @@ class StepEvents(EventEnum):
     """
 
     FORWARD_STARTED = "forward_started"
-    """The batch is on the device: ``state.x``, ``state.y``."""
+    """The batch is on the device, as ``state.x`` and ``state.y``."""
     FORWARD_COMPLETED = "forward_completed"
     """``state.y_pred`` and ``state.loss`` are there; a handler may replace ``state.loss``."""
     BACKWARD_STARTED = "backward_started"
@@ -74,7 +74,7 @@ class StepEvents(EventEnum):
     BACKWARD_COMPLETED = "backward_completed"
     """This batch's share is in ``.grad``; its scale is not promised before ``GRADIENTS_READY``."""
     GRADIENTS_READY = "gradients_ready"
-    """The window is closed; ``.grad`` is the true gradient: unscaled, normalised, not clipped."""
+    """The window is closed; ``.grad`` is the true gradient, unscaled and normalised but not clipped."""
     GRADIENTS_CLIPPED = "gradients_clipped"
     """Clipped or not; ``state.grad_norm`` is the total norm before clipping, or ``None`` where nobody measures."""
     OPTIMIZER_STEP_STARTED = "optimizer_step_started"
