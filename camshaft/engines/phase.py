@@ -116,7 +116,9 @@ class Phase:
 
         self._refusals: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
+        self._optimizers_zero = any(has_own_zero_grad(item) for item in self.optimizers)
         self._kept_in_eval: list[nn.Module] = []
+        self._passed_through: list[nn.Parameter] | None = None
         self.remember_modes()
 
     # -- the step, from top to bottom ---------------------------------------------------------------------------------
@@ -137,8 +139,7 @@ class Phase:
         if not self.module.training:
             self.restore_modes()
         if window.batches == 0:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
+            self.zero_grad()
             if not window.plain:
                 window.open(engine.batches_left if self is engine.lead else window.steps)
 
@@ -246,9 +247,17 @@ class Phase:
             self.scaler.update(self.scaler.get_scale())  # forgets that it has unscaled; the scale stays
 
     def zero_grad(self) -> None:
-        """Lets go of the gradients of every parameter that this phase trains."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        """Lets go of the gradients of every parameter that this phase trains.
+
+        What ``Optimizer.zero_grad()`` does, without its label for the profiler, which takes longer than a step's other lines;
+        an optimizer that has a method of its own is asked.
+        """
+        if self._optimizers_zero:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        else:
+            for parameter in self.parameters():
+                parameter.grad = None
 
     def refuse_step(self, flag: torch.Tensor, then: Callable[[], None]) -> None:
         """Asks that the coming step be refused where ``flag`` is true; all flags are fetched in one transfer.
@@ -306,6 +315,7 @@ class Phase:
 
     def remember_modes(self) -> None:
         """Notes which submodules the user keeps in eval mode (a frozen BatchNorm) while the module trains."""
+        self._passed_through = None  # the frozen modules may have other parameters by now
         if self.module.training:
             self._kept_in_eval = [part for part in self.module.modules() if not part.training]
 
@@ -318,7 +328,9 @@ class Phase:
     @contextmanager
     def frozen_modules(self) -> Iterator[None]:
         """No gradient is made for the parameters of ``frozen``; they are as they were afterwards."""
-        held = [p for module in self.frozen for p in module.parameters() if p.requires_grad]
+        if self._passed_through is None:
+            self._passed_through = [p for module in self.frozen for p in module.parameters()]
+        held = [p for p in self._passed_through if p.requires_grad]
         for parameter in held:
             parameter.requires_grad_(False)
         try:
@@ -383,3 +395,8 @@ class Phase:
         self.window.load_state_dict(window)
         for parameter, gradient in zip(self.parameters(), window["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def has_own_zero_grad(optimizer: Optimizer) -> bool:
+    """Whether an optimizer lets go of its gradients in another way than torch's do."""
+    return getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad
