@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["CONTESTANTS", "NEEDS", "SIZES", "Batches", "Task", "make_task"]
+__all__ = ["CONTESTANTS", "GAMES", "NEEDS", "SIZES", "Batches", "Task", "make_game", "make_task"]
 
 WINDOW = 4
 """The batches of a window where gradients are accumulated."""
@@ -23,6 +23,8 @@ LOG_EVERY = 10
 """The optimizer steps between two points of a curve."""
 SIZES = {"tiny": (16, 32, 4, 32), "large": (256, 512, 10, 128)}
 """Inputs, hidden units, classes and samples per batch of each model; a step of the large one takes over 2 ms."""
+LATENT = 8
+"""The size of a generator's latents."""
 
 
 class Batches:
@@ -71,6 +73,18 @@ def make_task(size: str, batches: int, folder: Path, clock: Callable[[], float] 
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9999)
     data = [(torch.randn(samples, inputs), torch.randint(classes, (samples,))) for _ in range(batches)]
     return Task(model, optimizer, scheduler, Batches(data, clock), folder)
+
+
+def make_game(batches: int, folder: Path, clock: Callable[[], float] = time.perf_counter) -> Task:
+    """The task of a GAN: the model holds both networks, and the batches have no classes."""
+    inputs, hidden, _, samples = SIZES["tiny"]
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(LATENT, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, inputs))
+    critic = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    task = make_task("tiny", 1, folder, clock)
+    data = [torch.randn(samples, inputs) for _ in range(batches)]
+    task.model, task.batches = nn.ModuleDict({"generator": generator, "critic": critic}), Batches(data, clock)
+    return task
 
 
 Round = Callable[[], Any]
@@ -245,6 +259,55 @@ def bare_everything(task: Task) -> Round:
     return run
 
 
+def adversaries(task: Task) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Both networks and an optimizer for each."""
+    generator, critic = task.model["generator"], task.model["critic"]
+    return generator, critic, *(torch.optim.SGD(network.parameters(), lr=1e-5, momentum=0.9) for network in (generator, critic))
+
+
+def bare_game(steps: int, penalised: bool) -> Callable[[Task], Round]:
+    """A Wasserstein GAN as a careful person writes it: no gradient is made for the network that isn't trained."""
+
+    def prepare(task: Task) -> Round:
+        generator, critic, g_optimizer, c_optimizer = adversaries(task)
+        device, judges = task.device, list(critic.parameters())
+
+        def run() -> None:
+            torch.manual_seed(1)
+            generator.train()
+            critic.train()
+            for step, real in enumerate(task.batches, start=1):
+                c_optimizer.zero_grad()
+                real = real.to(device, non_blocking=True)
+                with torch.no_grad():
+                    fake = generator(torch.randn(len(real), LATENT, device=device))
+                c_loss = loss = critic(fake).mean() - critic(real).mean()
+                if penalised:
+                    alpha = torch.rand(len(real), 1, device=device)
+                    points = (alpha * real + (1 - alpha) * fake).requires_grad_()
+                    (slope,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+                    penalty = 10.0 * ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+                    loss = c_loss + penalty
+                    penalty = penalty.detach()
+                loss.backward()
+                c_optimizer.step()
+                c_loss = c_loss.detach()
+                if step % steps == 0:
+                    for parameter in judges:
+                        parameter.requires_grad_(False)
+                    g_optimizer.zero_grad()
+                    g_loss = -critic(generator(torch.randn(len(real), LATENT, device=device))).mean()
+                    g_loss.backward()
+                    g_optimizer.step()
+                    for parameter in judges:
+                        parameter.requires_grad_(True)
+                    g_loss = g_loss.detach()
+
+        return run
+
+    return prepare
+
+
 # -- camshaft -------------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +379,30 @@ def camshaft_everything(task: Task) -> Round:
     CheckpointRotation(task.folder / "checkpoints", keep_last=1).attach(trainer)
     StopOnSignal().attach(trainer)
     return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+def camshaft_game(steps: int, penalised: bool) -> Callable[[Task], Round]:
+    """The same by the GAN engine."""
+
+    def prepare(task: Task) -> Round:
+        from camshaft import GradientPenalty, create_gan_trainer
+
+        penalty = GradientPenalty() if penalised else None
+        trainer = create_gan_trainer(*adversaries(task), latent=LATENT, penalty=penalty, discriminator_steps=steps)
+
+        def run() -> None:
+            torch.manual_seed(1)
+            trainer.run(task.batches, max_epochs=1)
+
+        return run
+
+    return prepare
+
+
+GAMES = {"WGAN": (1, False), "WGAN, 5 to 1": (5, False), "WGAN-GP, 5 to 1": (5, True)}
+for game, settings in GAMES.items():
+    contestant(f"bare loop, {game}")(bare_game(*settings))
+    contestant(f"camshaft, {game}")(camshaft_game(*settings))
 
 
 # -- Ignite ---------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, os.fspath(HERE.parent))  # the package beside this folder, installed or not
 
 import torch  # noqa: E402
-from contestants import CONTESTANTS, COUNTS, NEEDS, make_task  # noqa: E402
+from contestants import CONTESTANTS, COUNTS, GAMES, NEEDS, make_game, make_task  # noqa: E402
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 WARM_UP = 2
@@ -102,6 +102,8 @@ def comparisons() -> Iterator[Comparison]:
         for kind in ("running", "sleeping"):
             rivals = tuple(f"{library}, {count} {kind}" for count in COUNTS)
             yield Comparison(f"handlers {kind}", baseline, rivals)
+    for game in GAMES:
+        yield Comparison("game", f"bare loop, {game}", (f"camshaft, {game}",), size="game")
     for rival in ("camshaft", "blog template", "Ignite"):
         yield Comparison("large", "bare loop", (rival,), size="large", batches=16)
     yield Comparison("large, everything", "bare loop, everything", ("camshaft, everything",), size="large", batches=16)
@@ -116,7 +118,11 @@ def measure(comparison: Comparison, clock: str) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         tasks, rounds = [], []
         for number, name in enumerate(names):
-            task = make_task(comparison.size, comparison.batches, Path(folder) / str(number), CLOCKS[clock])
+            own, clock_ = Path(folder) / str(number), CLOCKS[clock]
+            if comparison.size == "game":
+                task = make_game(comparison.batches, own, clock_)
+            else:
+                task = make_task(comparison.size, comparison.batches, own, clock_)
             tasks.append(task)
             rounds.append(CONTESTANTS[name](task))
         times: list[list[float]] = [[] for _ in names]
