@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from camshaft.files import BadFile, load_checked, write_durably
 
-__all__ = ["Entry", "Index", "file_name", "kept", "step_of"]
+__all__ = ["Entry", "Index", "file_name", "kept", "read_index", "step_of"]
 
 logger = logging.getLogger("camshaft")
 
@@ -70,6 +70,24 @@ def kept(entries: list[Entry], keep_last: int, keep_best: int, mode: str) -> lis
     return [entry for entry in entries if entry.file in files]
 
 
+def read_index(path: Path) -> tuple[str, list[Entry]]:
+    """What an index's file says: the folder's identity, and its checkpoints.
+
+    Raises:
+        FileNotFoundError: where it isn't there.
+        BadFile: where it can't be read, or isn't as it was written.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("crc32") != _sum(content):
+            raise ValueError("its text doesn't match its checksum")
+        return content["identity"], [Entry(**entry) for entry in content["checkpoints"]]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadFile(f"{path} is damaged ({error})") from error
+
+
 class Index:
     """``checkpoints.json``: the folder's checkpoints, in the order in which they were written.
 
@@ -91,14 +109,11 @@ class Index:
 
     def _read(self) -> None:
         try:
-            content = json.loads(self.path.read_text())
-            if content.pop("crc32") != _sum(content):
-                raise ValueError("its text doesn't match its checksum")
-            self.identity, self.entries = content["identity"], [Entry(**entry) for entry in content["checkpoints"]]
+            self.identity, self.entries = read_index(self.path)
         except FileNotFoundError:
             return self._make_anew()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s is damaged (%s) and is made anew from the checkpoints", self.path, error)
+        except BadFile as error:
+            logger.warning("%s and is made anew from the checkpoints", error)
             return self._make_anew()
         for marked in self._unlisted():
             if marked.identity == self.identity:
