@@ -1,0 +1,72 @@
+"""Where a run keeps its checkpoints and its event files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from camshaft.rotation import INDEX, step_of
+
+__all__ = ["Folders", "NoRun", "find_folders", "has_checkpoints", "has_events"]
+
+
+class NoRun(ValueError):
+    """A path that holds no run; the text says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of one run."""
+
+    run: Path
+    """What was asked for."""
+    checkpoints: Path | None
+    """Where ``checkpoints.json`` and the checkpoints are."""
+    events: Path | None
+    """Where TensorBoard's event files are."""
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds the checkpoints of a run, or their index alone."""
+    return (folder / INDEX).is_file() or any(step_of(path.name) is not None for path in folder.glob("step-*.pt"))
+
+
+def has_events(folder: Path) -> bool:
+    """Whether TensorBoard would find a run in a folder."""
+    return any(folder.glob("events.out.tfevents.*"))
+
+
+def find_folders(run: Path) -> Folders:
+    """Finds what belongs to a run.
+
+    Args:
+        run: the run's folder, with event files, a folder of checkpoints or both in it; or the folder of checkpoints itself,
+            and then the event files beside it belong to it.
+
+    Returns:
+        The folders.
+
+    Raises:
+        NoRun: where the path is neither, or could be several runs.
+
+    Example:
+        >>> import tempfile
+        >>> find_folders(Path(tempfile.mkdtemp()) / "misspelt")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        camshaft.cli.folders.NoRun: ...misspelt isn't there; give a run's folder such as runs/mnist, ...
+    """
+    if not run.is_dir():
+        problem = "is a file" if run.exists() else "isn't there"
+        raise NoRun(f"{run} {problem}; give a run's folder such as runs/mnist, or its folder of checkpoints")
+    if has_checkpoints(run):
+        beside = run.resolve().parent
+        return Folders(run, run, run if has_events(run) else beside if has_events(beside) else None)
+    inner = sorted(folder for folder in run.iterdir() if folder.is_dir() and has_checkpoints(folder))
+    if len(inner) > 1:
+        raise NoRun(f"{run} has several folders of checkpoints; give one of {', '.join(map(str, inner))}")
+    if inner or has_events(run):
+        return Folders(run, inner[0] if inner else None, run if has_events(run) else None)
+    raise NoRun(
+        f"{run} is neither a run's folder (no event files of TensorBoard and no folder of checkpoints in it) "
+        f"nor a folder of checkpoints (no {INDEX} and no step-*.pt in it)"
+    )

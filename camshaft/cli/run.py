@@ -1,0 +1,218 @@
+"""A run as it lies on the disk: a pure data structure, read from its checkpoints and its event files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from camshaft.cli.curves import Curves, Point, is_learning_rate, read_events
+from camshaft.cli.folders import find_folders
+from camshaft.files import BadFile, load_checked
+from camshaft.rates import group_rates
+from camshaft.rotation import Entry, Index
+
+__all__ = ["Checkpoint", "Ending", "Run", "ending_from", "read_run"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One line of the index, and its file."""
+
+    file: str
+    optimizer_step: int
+    epoch: int
+    iteration: int
+    score: float | None
+    metrics: Mapping[str, float | None]
+    time: str
+    size: int | None
+    """In bytes; ``None`` where the file isn't there."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run stopped."""
+
+    reason: str
+    ended: bool
+    """Whether it is known to have ended: ``False`` where it was killed, or still goes on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left behind."""
+
+    path: Path
+    checkpoints_folder: Path | None = None
+    events_folder: Path | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """In the order in which they were written."""
+    metrics: Curves = field(default_factory=dict)
+    """Name -> (optimizer step, value): from the event files, and where there are none from the checkpoints."""
+    learning_rates: Curves = field(default_factory=dict)
+    """Name -> (optimizer step, rate): ``LRHistory``'s where a checkpoint has it, the event files' elsewhere."""
+    ending: Ending | None = None
+    warnings: tuple[str, ...] = ()
+    """What could not be read, and why."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values for ``json.dumps``; what isn't finite is ``None``, for JSON has no word for it."""
+        return {
+            "run": str(self.path),
+            "checkpoints_folder": None if self.checkpoints_folder is None else str(self.checkpoints_folder),
+            "events_folder": None if self.events_folder is None else str(self.events_folder),
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
+            "metrics": plain(self.metrics),
+            "learning_rates": plain(self.learning_rates),
+            "ending": None if self.ending is None else asdict(self.ending),
+            "warnings": list(self.warnings),
+        }
+
+
+def plain(curves: Curves) -> dict[str, list[list[float | None]]]:
+    """Curves as lists of ``[step, value]``."""
+    return {name: [[step, value if math.isfinite(value) else None] for step, value in curve] for name, curve in curves.items()}
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run; nothing is written and no code of a file is run.
+
+    Args:
+        path: the run's folder, or its folder of checkpoints.
+
+    Returns:
+        The run.
+
+    Raises:
+        NoRun: where there is none.
+
+    Example:
+        >>> import tempfile
+        >>> from camshaft import CheckpointRotation, create_trainer
+        >>> model = torch.nn.Linear(8, 1)
+        >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.functional.mse_loss)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = CheckpointRotation(folder).attach(trainer)
+        >>> _ = trainer.run([(torch.zeros(2, 8), torch.zeros(2, 1))] * 2)
+        >>> run = read_run(folder)
+        >>> run.checkpoints[-1].file, run.ending.reason
+        ('step-00000002.pt', 'finished after 1 epoch')
+    """
+    folders = find_folders(path)
+    index = None if folders.checkpoints is None else Index(folders.checkpoints)
+    content, warnings = ({}, []) if index is None else newest_content(index)
+    scalars, ending = ({}, None) if folders.events is None else read_events(folders.events)
+    entries = [] if index is None else index.entries
+    rates = {name: curve for name, curve in scalars.items() if is_learning_rate(name)}
+    return Run(
+        path=path,
+        checkpoints_folder=folders.checkpoints,
+        events_folder=folders.events,
+        checkpoints=() if index is None else tuple(checkpoint_of(entry, index.folder) for entry in entries),
+        metrics={name: scalars[name] for name in scalars if name not in rates} or metrics_from(entries),
+        learning_rates=history_from(content) or rates or present_rates(content),
+        ending=ending_from(content) if ending is None else Ending(ending, ended=True),
+        warnings=tuple(warnings),
+    )
+
+
+def checkpoint_of(entry: Entry, folder: Path) -> Checkpoint:
+    """An entry of the index with the size of its file."""
+    path = folder / entry.file
+    return Checkpoint(
+        file=entry.file,
+        optimizer_step=entry.optimizer_step,
+        epoch=entry.epoch,
+        iteration=entry.iteration,
+        score=entry.score,
+        metrics=entry.metrics,
+        time=entry.time,
+        size=path.stat().st_size if path.is_file() else None,
+    )
+
+
+def newest_content(index: Index) -> tuple[Mapping[str, Any], list[str]]:
+    """What the newest good checkpoint holds (nothing, where there is none), and what is wrong with newer ones."""
+    warnings = []
+    for path in index.newest_first():
+        try:
+            content = load_checked(path)
+        except BadFile as error:
+            warnings.append(str(error))
+            continue
+        if isinstance(content, dict) and "clocks" in content:
+            return content, warnings
+        warnings.append(f"{path} is not a checkpoint of a trainer")
+    return {}, warnings
+
+
+def metrics_from(entries: Iterable[Entry]) -> dict[str, list[Point]]:
+    """The metrics that the index notes beside each checkpoint."""
+    curves: dict[str, list[Point]] = {}
+    for entry in entries:
+        for name, value in entry.metrics.items():
+            if value is not None:
+                curves.setdefault(name, []).append(Point(entry.optimizer_step, value))
+    return curves
+
+
+def history_from(content: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """What the handler ``LRHistory`` has noted, under whatever name it was attached."""
+    for state in content.get("handlers", {}).values():
+        if isinstance(state, Mapping) and state and all(is_noted(name, notes) for name, notes in state.items()):
+            return {
+                name: [Point(*point) for point in zip(steps.tolist(), rates.tolist(), strict=True)]
+                for name, (steps, rates) in state.items()
+            }
+    return {}
+
+
+def is_noted(name: Any, notes: Any) -> bool:
+    """Whether an entry of a handler's state is a learning rate's steps and values."""
+    if not isinstance(name, str) or not is_learning_rate(name) or not isinstance(notes, (list, tuple)) or len(notes) != 2:
+        return False
+    return all(isinstance(part, torch.Tensor) and part.dim() == 1 for part in notes) and len(notes[0]) == len(notes[1])
+
+
+def present_rates(content: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The rates in a checkpoint's optimizers: what the step after it would use."""
+    phases = content.get("phases", {})
+    rates = {}
+    for phase, state in phases.items():
+        groups: Any = [SimpleNamespace(param_groups=optimizer["param_groups"]) for optimizer in state["optimizers"]]
+        for name, rate in group_rates(groups):
+            rates[f"{phase}/{name}" if len(phases) > 1 else name] = [Point(state["optimizer_step"] + 1, rate)]
+    return rates
+
+
+def ending_from(content: Mapping[str, Any]) -> Ending | None:
+    """Why the run of a checkpoint stopped, as far as the checkpoint knows; ``None`` where there is no checkpoint."""
+    if not content:
+        return None
+    clocks = content["clocks"]
+    epoch, iteration, max_epochs, max_iters = (clocks[name] for name in ("epoch", "iteration", "max_epochs", "max_iters"))
+    if clocks.get("stop_reason") is not None:
+        return Ending(clocks["stop_reason"], ended=True)
+    if max_iters is not None and iteration >= max_iters:
+        return Ending(f"finished after {counted(iteration, 'iteration')}", ended=True)
+    if max_epochs is not None and epoch >= max_epochs and not clocks["epoch_is_open"]:
+        return Ending(f"finished after {counted(epoch, 'epoch')}", ended=True)
+    limit = (
+        f" of {max_epochs}" if max_epochs is not None else f", before iteration {max_iters}" if max_iters is not None else ""
+    )
+    return Ending(
+        f"not known: the newest checkpoint is of epoch {epoch}{limit}, so that the run still goes on, or has been killed, or "
+        "an exception has ended it",
+        ended=False,
+    )
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
