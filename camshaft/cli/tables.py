@@ -1,0 +1,116 @@
+"""A run, and the verdicts on its files, as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from camshaft.cli.curves import Curve, Curves
+from camshaft.cli.integrity import Integrity
+from camshaft.cli.run import Checkpoint, Run
+
+__all__ = ["bytes_as_text", "print_integrity", "print_run", "sparkline"]
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def print_run(run: Run, console: Console) -> None:
+    """Prints what a run has left behind: checkpoints, metrics, learning rates, and why it stopped."""
+    drawn = console.encoding.startswith("utf")
+    console.print(Text(str(run.path), style="bold"))
+    console.print(checkpoint_table(run.checkpoints) if run.checkpoints else Text("no checkpoints"), "")
+    for title, curves in (("metrics", run.metrics), ("learning rates", run.learning_rates)):
+        console.print(curve_table(title, curves, drawn=drawn) if curves else Text(f"no {title}"), "")
+    for warning in run.warnings:
+        console.print(Text.assemble(("bad: ", "bold red"), warning))
+    if run.ending is not None:
+        console.print(Text.assemble(("why it stopped: ", "bold"), run.ending.reason))
+
+
+def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
+    """One row for each checkpoint, in the order of writing."""
+    table = new_table("checkpoints", "file", "step", "epoch", "iteration", "score", "written", "size")
+    for one in checkpoints:
+        table.add_row(
+            Text(one.file),
+            *(str(one.optimizer_step), str(one.epoch), str(one.iteration)),
+            "" if one.score is None else f"{one.score:.6g}",
+            one.time.replace("T", " ").removesuffix("+00:00"),
+            Text("isn't there", style="red") if one.size is None else bytes_as_text(one.size),
+        )
+    return table
+
+
+def curve_table(title: str, curves: Curves, *, drawn: bool) -> Table:
+    """One row for each curve: its last value and its extremes, each with its step."""
+    table = new_table(
+        title, "name", "points", "last", "step", "lowest", "step", "highest", "step", *(["curve"] if drawn else [])
+    )
+    for name, curve in sorted(curves.items()):
+        finite = [point for point in curve if math.isfinite(point.value)]
+        chosen = [curve[-1]]
+        if finite:
+            chosen += [min(finite, key=lambda point: point.value), max(finite, key=lambda point: point.value)]
+        cells = [cell for point in chosen for cell in (f"{point.value:.6g}", str(point.step))]
+        table.add_row(Text(name), str(len(curve)), *cells, *[""] * (6 - len(cells)), *([sparkline(curve)] if drawn else []))
+    return table
+
+
+def print_integrity(integrity: Integrity, console: Console) -> None:
+    """Prints the verdict on each file, and a line that sums them up."""
+    table = new_table(str(integrity.folder), "file", "", "what")
+    for verdict in integrity.files:
+        said = [verdict.reason] if verdict.reason else []
+        if not verdict.listed and verdict.file.endswith(".pt"):
+            said.append("not listed in checkpoints.json")
+        word = Text("good", style="green") if verdict.good else Text("bad", style="bold red")
+        table.add_row(Text(verdict.file), word, Text("; ".join(said)))
+    for name in integrity.leftovers:
+        table.add_row(Text(name), Text("left", style="yellow"), Text("of a save that was killed; the next run clears it away"))
+    console.print(table)
+    bad = len(integrity.bad)
+    console.print(Text(f"{bad} of {len(integrity.files)} files are bad" if bad else "every file is as it was written"))
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table; words on the left, numbers on the right, and nothing is cut off."""
+    words = {"file", "name", "", "what", "written", "curve"}
+    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="dim", show_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in words else "right", overflow="fold")
+    return table
+
+
+def sparkline(curve: Curve, width: int = 20) -> str:
+    """A curve in one line of text, by the means of ``width`` equal parts.
+
+    Example:
+        >>> from camshaft.cli.curves import Point
+        >>> sparkline([Point(step, step) for step in range(8)])
+        '▁▂▃▄▅▆▇█'
+    """
+    if len(curve) < 2:
+        return ""
+    values = [point.value for point in curve if math.isfinite(point.value)]
+    parts = min(width, len(values))
+    bounds = [len(values) * part // parts for part in range(parts + 1)] if parts else []
+    means = [sum(values[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+    lowest, span = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
+    return "".join(BARS[round((mean - lowest) / span * (len(BARS) - 1)) if span else 0] for mean in means)
+
+
+def bytes_as_text(size: int) -> str:
+    """A size as people say it.
+
+    Example:
+        >>> bytes_as_text(999), bytes_as_text(64_200_000)
+        ('999 B', '64.2 MB')
+    """
+    if size < 1000:
+        return f"{size} B"
+    power = min(int(math.log10(size)) // 3, 4)
+    return f"{size / 1000**power:.1f} {'kMGT'[power - 1]}B"
