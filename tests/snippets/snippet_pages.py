@@ -1,0 +1,140 @@
+"""The pages of docs/from-your-loop as the tests read them: each entry has a half that people copy and a half that replaces it."""
+
+import contextlib
+import io
+import os
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import sklearn.datasets  # noqa: F401  # when it is first imported it sets variables of the environment
+
+FOLDER = Path(__file__).parents[2] / "docs/from-your-loop"
+INSTEAD = re.compile(r"^\*\*Instead", re.MULTILINE)
+"""The words with which an entry's second half begins."""
+
+PART = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """Code of a page, and what the page says that it prints."""
+
+    line: int
+    code: str
+    printed: str
+
+
+class Half(NamedTuple):
+    """The code that comes before an entry, and the entry's own."""
+
+    page: str
+    setup: tuple[Block, ...]
+    blocks: tuple[Block, ...]
+
+
+class Entry(NamedTuple):
+    """One heading of a page."""
+
+    page: str
+    title: str
+    text: str
+    copied: Half
+    instead: Half
+
+
+def blocks_of(text, line):
+    """The blocks of Python in a part of a page that begins at ``line``, each with the output that follows it."""
+    found = []
+    for part in PART.finditer(text):
+        if part[1] == "python":
+            found.append(Block(line + text.count("\n", 0, part.start(2)), part[2], ""))
+        elif part[1] == "text":
+            found[-1] = found[-1]._replace(printed=found[-1].printed + part[2])
+    return tuple(found)
+
+
+def entries_of(path):
+    """The entries of a page: what is under each of its headings of the second level."""
+    text = path.read_text()
+    starts = [match.start() for match in re.finditer(r"^## ", text, re.MULTILINE)]
+    setup = blocks_of(text[: starts[0]], 0) if starts else ()
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        cut = INSTEAD.search(text, start, end)
+        middle = cut.start() if cut else end
+        halves = [
+            Half(path.name, setup, blocks_of(text[begin:stop], text.count("\n", 0, begin)))
+            for begin, stop in ((start, middle), (middle, end))
+        ]
+        title = text[start:end].splitlines()[0].removeprefix("## ")
+        yield Entry(path.name, title, text[start:end], *halves)
+
+
+@cache
+def entries():
+    """Every entry of every page, by its title."""
+    found = [entry for path in sorted(FOLDER.glob("*.md")) if path.stem != "index" for entry in entries_of(path)]
+    assert len({entry.title for entry in found}) == len(found), "two entries have one title"
+    return {entry.title: entry for entry in found}
+
+
+def run(half):
+    """Runs half an entry as the page would: what comes before it, then its blocks.
+
+    Returns:
+        The names that it leaves behind, and what each of its blocks has printed.
+    """
+    names = {"__name__": "__main__"}
+    printed = []
+    with tempfile.TemporaryDirectory() as folder, inside(folder):
+        for block in half.setup + half.blocks:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                code = "\n" * block.line + block.code  # so that an error names the line of the page
+                exec(compile(code, FOLDER / half.page, "exec"), names)
+            printed.append(out.getvalue())
+    return names, printed[len(half.setup) :]
+
+
+@contextlib.contextmanager
+def inside(folder):
+    """Works in a folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+_results = {}
+
+
+def result(title, which):
+    """What :func:`run` gives for one half of the entry with this title, run once in a process."""
+    if (title, which) not in _results:
+        _results[title, which] = run(getattr(entries()[title], which))
+    return _results[title, which]
+
+
+class Names:
+    """The names that a piece of code has left behind, as attributes."""
+
+    def __init__(self, names):
+        self.__dict__.update(names)
+
+
+def copied(title):
+    """What the copied half of the entry with this title leaves behind."""
+    return Names(result(title, "copied")[0])
+
+
+def instead(title):
+    """What the half that replaces it leaves behind."""
+    return Names(result(title, "instead")[0])
+
+
+def printed(title, which):
+    """What one half of the entry with this title prints."""
+    return "".join(result(title, which)[1])

@@ -1,0 +1,94 @@
+"""docs/from-your-loop/accumulation-and-clipping.md: what the copied loops do, and that the engine doesn't."""
+
+import pytest
+import torch
+from snippet_pages import copied, instead
+
+ZERO_GRAD = "Gradient accumulation with `optimizer.zero_grad()` at the top of each batch"
+EVERY_N = "Gradient accumulation with `if (step + 1) % accumulation_steps == 0`"
+UNEVEN = "`loss = loss_fn(...) / accumulation_steps` where batches differ in size"
+TWO_LOSSES = 'Several losses, `retain_graph=True` and "Trying to backward through the graph a second time"'
+IN_AUTOCAST = "AMP: `scaler.scale(loss).backward()` inside `autocast()`"
+CLIP_SCALED = "AMP: gradient clipping before `scaler.unscale_(optimizer)`"
+THREE_WAYS = "Three ways of clipping: `clip_grad_norm_`, `clip_grad_value_`, `register_hook`"
+
+
+def relative_error(page):
+    difference = page.gradient(page.model) - page.truth
+    return float(difference.norm() / page.truth.norm())
+
+
+def test_zero_grad_in_each_batch_keeps_a_quarter_of_the_fourth():
+    page = copied(ZERO_GRAD)
+    assert torch.equal(page.used, page.gradient(page.model))
+    assert page.used.norm() < 0.5 * page.gradient_of_one_big_batch(128).norm()
+
+
+def test_a_window_of_four_is_the_big_batch():
+    page = instead(ZERO_GRAD)
+    assert page.trainer.state.optimizer_step == 1
+    assert page.difference.abs().max() < 1e-6
+
+
+def test_stepping_on_multiples_alone_mixes_epochs_and_loses_the_last_batches():
+    page = copied(EVERY_N)
+    assert page.windows == [4, 4, 6, 4]
+    assert page.gathered == 2
+
+
+def test_an_epoch_ends_with_a_short_window():
+    assert instead(EVERY_N).windows == [4, 4, 2, 4, 4, 2]
+
+
+def test_a_mean_of_means_is_not_the_mean_of_uneven_batches():
+    assert relative_error(copied(UNEVEN)) > 0.5
+
+
+def test_weighing_by_samples_is_the_big_batch():
+    assert relative_error(instead(UNEVEN)) < 1e-5
+
+
+def test_a_graph_goes_backward_once_unless_it_is_retained_and_paid_for_twice():
+    page = copied(TWO_LOSSES)
+    assert len(page.passes) == 2
+    loss1, loss2 = page.two_losses(*page.batches[0])
+    loss1.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss2.backward()
+
+
+def test_a_mapping_of_losses_goes_backward_once():
+    page = instead(TWO_LOSSES)
+    assert len(page.passes) == 1
+    assert page.state.loss == pytest.approx(float(page.state.losses["digit"] + page.state.losses["odd"]))
+
+
+def test_backward_inside_autocast_is_in_half_precision():
+    assert copied(IN_AUTOCAST).dtypes == [torch.float16]
+
+
+def test_the_engine_goes_backward_outside_autocast():
+    assert instead(IN_AUTOCAST).dtypes == [torch.float32]
+
+
+def test_clipping_what_is_scaled_leaves_nothing():
+    page = copied(CLIP_SCALED)
+    assert page.norm > 10_000
+    assert page.gradient(page.model).norm() == pytest.approx(0.1 / 2**16, rel=0.01)
+
+
+def test_the_engine_clips_what_is_unscaled():
+    page = instead(CLIP_SCALED)
+    assert 0.1 < page.trainer.state.grad_norm < 1
+    assert page.gradient(page.model).norm() == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_hook_clips_each_batch_and_not_their_sum():
+    page = copied(THREE_WAYS)
+    assert page.gradient(page.model).abs().max() == pytest.approx(0.04, rel=0.01)
+
+
+def test_each_way_of_clipping_holds_for_the_window():
+    page = instead(THREE_WAYS)
+    assert page.largest[0] < 0.1
+    assert page.largest[1] == page.largest[2] == pytest.approx(0.01)
