@@ -203,14 +203,8 @@ def ending_from(content: Mapping[str, Any]) -> Ending | None:
         return Ending(f"finished after {counted(iteration, 'iteration')}", ended=True)
     if max_epochs is not None and epoch >= max_epochs and not clocks["epoch_is_open"]:
         return Ending(f"finished after {counted(epoch, 'epoch')}", ended=True)
-    limit = (
-        f" of {max_epochs}" if max_epochs is not None else f", before iteration {max_iters}" if max_iters is not None else ""
-    )
-    return Ending(
-        f"not known: the newest checkpoint is of epoch {epoch}{limit}, so that the run still goes on, or has been killed, or "
-        "an exception has ended it",
-        ended=False,
-    )
+    where = f"epoch {epoch} of {max_epochs}" if max_iters is None else f"iteration {iteration} of {max_iters}"
+    return Ending(f"not known: the newest checkpoint is of {where}; it still goes on, was killed, or has failed", ended=False)
 
 
 def counted(number: int, thing: str) -> str:

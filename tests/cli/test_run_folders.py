@@ -1,0 +1,80 @@
+"""Which folders belong to a run, and which paths are none."""
+
+import shutil
+
+import pytest
+from runs_on_disk import train
+
+from camshaft.cli.folders import NoRun, find_folders
+
+
+def test_a_runs_folder_has_event_files_and_checkpoints(tmp_path):
+    train(tmp_path, 1)
+    found = find_folders(tmp_path)
+    assert (found.checkpoints, found.events) == (tmp_path / "checkpoints", tmp_path)
+
+
+def test_a_folder_of_checkpoints_belongs_to_the_event_files_beside_it(tmp_path):
+    train(tmp_path, 1)
+    found = find_folders(tmp_path / "checkpoints")
+    assert (found.checkpoints, found.events) == (tmp_path / "checkpoints", tmp_path)
+
+
+def test_a_relative_folder_of_checkpoints_finds_them_too(tmp_path, monkeypatch):
+    train(tmp_path, 1)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert find_folders(tmp_path.cwd().relative_to(tmp_path.cwd())).events == tmp_path
+
+
+def test_a_run_without_event_files_has_none(tmp_path):
+    train(tmp_path, 1, board=False)
+    assert find_folders(tmp_path).events is None
+    assert find_folders(tmp_path / "checkpoints").events is None
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    train(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert find_folders(tmp_path).checkpoints is None
+
+
+def test_checkpoints_are_found_without_their_index(tmp_path):
+    train(tmp_path, 1, board=False)
+    (tmp_path / "checkpoints" / "checkpoints.json").unlink()
+    assert find_folders(tmp_path).checkpoints == tmp_path / "checkpoints"
+
+
+def test_the_folder_of_checkpoints_may_have_any_name(tmp_path):
+    train(tmp_path, 1)
+    (tmp_path / "checkpoints").rename(tmp_path / "saved [1]")
+    assert find_folders(tmp_path).checkpoints == tmp_path / "saved [1]"
+
+
+def test_several_folders_of_checkpoints_are_an_error_that_names_them(tmp_path):
+    train(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy")
+    with pytest.raises(NoRun, match="has several folders of checkpoints; give one of .*checkpoints, .*copy"):
+        find_folders(tmp_path)
+
+
+def test_a_folder_of_several_runs_is_no_run(tmp_path):
+    train(tmp_path / "first", 1)
+    with pytest.raises(NoRun, match="is neither a run's folder .* nor a folder of checkpoints"):
+        find_folders(tmp_path)
+
+
+def test_a_folder_of_other_files_is_no_run(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(NoRun, match=r"no checkpoints.json and no step-\*.pt in it"):
+        find_folders(tmp_path)
+
+
+def test_a_path_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(NoRun, match="misspelt isn't there; give a run's folder such as runs/mnist"):
+        find_folders(tmp_path / "misspelt")
+
+
+def test_a_file_is_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NoRun, match="file is a file; give a run's folder"):
+        find_folders(tmp_path / "file")
