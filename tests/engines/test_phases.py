@@ -201,3 +201,33 @@ def test_a_loss_that_can_t_go_backward_names_the_phase_or_the_objective(result):
 
     with pytest.raises((TypeError, ValueError), match="phase 'follower'|objective.* returned a mapping without 'loss'"):
         Trainer([phase("lead"), phase("follower", network(), objective)]).run(data(1))
+
+
+class Counted(torch.optim.SGD):
+    """An optimizer that lets go of gradients in a way of its own."""
+
+    zeroed = 0
+
+    def zero_grad(self, set_to_none=True):
+        self.zeroed += 1
+        super().zero_grad(set_to_none)
+
+
+def test_an_optimizer_with_a_zero_grad_of_its_own_is_asked():
+    model = torch.nn.Linear(4, 2)
+    optimizer = Counted(model.parameters(), lr=0.1)
+    trainer = Trainer([Phase("model", model, optimizer, lambda engine, batch: model(batch).square().mean())])
+    trainer.run([torch.ones(3, 4)] * 5)
+    assert optimizer.zeroed == 5
+
+
+def test_a_layer_that_a_network_gains_gets_no_gradient_in_the_others_turn():
+    body, judge = network(), nn.Sequential(nn.Linear(1, 1))
+    lead = phase("judge", judge, lambda engine, x: judge(x[:, :1]).mean())
+    trainer = Trainer([lead, phase("body", body, lambda engine, x: judge(body(x)).mean(), frozen=(judge,))])
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: judge.append(nn.Linear(1, 1)))
+    trainer.add_event_handler(StepEvents.FORWARD_STARTED(phase="body"), lambda: judge.zero_grad())
+    grads = []
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(phase="body"), lambda: grads.append(judge[-1].weight.grad))
+    trainer.run([torch.ones(3, 2)] * 2, max_epochs=2)
+    assert grads == [None] * 4
