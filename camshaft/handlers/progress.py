@@ -40,12 +40,11 @@ class Progress(Handler):
         self.bar: Any = None
         self._next = 0.0
 
-    @on(Events.ITERATION_STARTED)
-    def open(self, engine: Any) -> None:
-        """Begins a bar with the epoch's first iteration, also where a resumed epoch begins in its middle."""
+    @on(Events.EPOCH_STARTED, place=Place.LOG)
+    def open(self, engine: Any, done: int = 0) -> None:
+        """Begins the epoch's bar."""
         if self.bar is None:
             state = engine.state
-            done = getattr(engine, "epoch_iteration", 1) - 1
             of = "" if state.max_epochs is None else f"/{state.max_epochs}"
             description = f"epoch {state.epoch}{of}"
             self.bar = self._tqdm(total=state.epoch_length, initial=done, desc=description, **self.options)
@@ -54,8 +53,10 @@ class Progress(Handler):
     @on(Events.ITERATION_COMPLETED, place=Place.LOG)
     def advance(self, engine: Any) -> None:
         """Counts, and redraws where it is time."""
-        if self.bar is None:  # attached or detached inside this iteration
+        if self.engine is None:  # detached inside this iteration
             return
+        if self.bar is None:  # attached in the middle of an epoch, or resumed there, where no epoch has started
+            self.open(engine, getattr(engine, "epoch_iteration", 1) - 1)
         self._count += 1
         now = time.monotonic()
         if now >= self._next:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,22 @@ __all__ = ["TensorBoard"]
 
 FOLD = 256
 """So many losses are kept one by one before they are summed up on the device."""
+HOLD_SECONDS = 1.0
+"""Points are handed to the file together, this long after the first: to wake its thread for each costs more than the point."""
+HOLD_TENSORS = 4096
+"""With so many tensors they are handed over at once."""
+FLUSH_SECONDS = 10
+"""How old what a browser shows may be."""
+
+
+class Point(NamedTuple):
+    """One point of every training curve, as it lies on the device until it is written."""
+
+    step: int
+    time: float
+    losses: list[torch.Tensor]
+    batches: int
+    values: dict[str, Any]
 
 
 class TensorBoard(Handler):
@@ -25,7 +41,8 @@ class TensorBoard(Handler):
     Scalars: ``train/loss`` (the mean since the last point), ``train/lr`` (the one that the step used; several groups as
     ``train/lr/<group>``), ``train/grad_norm`` where it is measured (the last), ``train/samples_per_second``, the entries of a
     mapping from ``compute_loss`` or a GAN as ``train/<name>``, and ``state.metrics`` under their names. What is shown is
-    gathered on the device and fetched in one transfer. A resumed run goes on in the same folder.
+    gathered on the device, and the points of about a second are fetched in one transfer and written together. A resumed run
+    goes on in the same folder.
 
     Args:
         log_dir: the folder of this run.
@@ -71,6 +88,8 @@ class TensorBoard(Handler):
         self._batches = self._samples = 0
         self._since = self._seconds = 0.0
         self._version = 0
+        self._points: list[Point] = []
+        self._held = 0
 
     def listeners(self) -> Iterator[Listener]:
         """Gathers at each batch, writes every so many steps and whenever there are new metrics."""
@@ -95,7 +114,8 @@ class TensorBoard(Handler):
         self.close()
         state = engine.state
         resumed = state.iteration > 0
-        self.writer = SummaryWriter(self.log_dir, purge_step=state.optimizer_step + 1 if resumed else None)
+        purge_step = state.optimizer_step + 1 if resumed else None
+        self.writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=FLUSH_SECONDS)
         self._main = list(engine.phases)[-1]
         self._version = state.metrics.version
         if not resumed:
@@ -113,6 +133,7 @@ class TensorBoard(Handler):
         """Evaluation doesn't count."""
         self._seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
+        self._hand_over()
 
     @on(StepEvents.BACKWARD_COMPLETED, place=Place.LOG)
     def gather(self, engine: Any) -> None:
@@ -127,32 +148,43 @@ class TensorBoard(Handler):
             self._samples += length(state.batch) or 0
 
     def write_scalars(self, engine: Any) -> None:
-        """Writes one point of each training curve."""
+        """Notes one point of each training curve, and hands the points over where it is time."""
         state = engine.state
         if state.phase != self._main:
             return
         values: dict[str, Any] = {f"train/{name}": value for name, value in flat(state.losses)}
-        if len(engine.phases) == 1 and self._batches:
-            values["train/loss"] = torch.stack(self._losses).sum() / self._batches
         if state.grad_norm is not None:
             values["train/grad_norm"] = state.grad_norm
         for name in engine.phases:
             values |= {f"train/{key}": rate for key, rate in engine.learning_rates(name)}
-        values = fetched(values)  # here the host waits for the device, and so the rate below is a true one
-        self._seconds += time.perf_counter() - self._since
-        if self._samples and self._seconds > 0:
-            values["train/samples_per_second"] = self._samples / self._seconds
-        self._write(values, state.optimizer_step)
+        losses = self._losses if len(engine.phases) == 1 else []
+        self._points.append(Point(state.optimizer_step, time.time(), losses, self._batches, values))
+        self._held += len(losses) + len(values)
         self._losses, self._batches = [], 0
+        if self._held >= HOLD_TENSORS or self._seconds + time.perf_counter() - self._since >= HOLD_SECONDS:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Fetches the points that are held in one transfer, and writes them."""
+        points, self._points, self._held = self._points, [], 0
+        if not points:
+            return
+        numbers = fetched([value for point in points for value in (*point.losses, *point.values.values())])
+        self._seconds += time.perf_counter() - self._since  # the host has waited for the device: this is the true rate
+        rate = {"train/samples_per_second": self._samples / self._seconds} if self._samples and self._seconds > 0 else {}
+        for point in points:
+            loss = sum(next(numbers) for _ in point.losses)
+            mean = {"train/loss": loss / point.batches} if point.losses else {}
+            self._write(mean | {name: next(numbers) for name in point.values} | rate, point.step, point.time)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
         self._samples, self._since, self._seconds = 0, time.perf_counter(), 0.0
 
-    def _write(self, values: Mapping[str, float], step: int) -> None:
-        """One event with all values: a tenth of the cost of one call each."""
+    def _write(self, values: Mapping[str, float], step: int, when: float | None = None) -> None:
+        """One event with all values, which costs a tenth of a call for each."""
         entries = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self.writer.file_writer.add_summary(self._summary(value=entries), step)
+        self.writer.file_writer.add_summary(self._summary(value=entries), step, when)
 
     def _has_new_metrics(self, engine: Any, _: int) -> bool:
         return bool(engine.state.metrics.version != self._version)
@@ -163,7 +195,8 @@ class TensorBoard(Handler):
         if self.writer is None or not self._has_new_metrics(engine, 0):
             return
         self._version = state.metrics.version
-        self._write(fetched(dict(flat(state.metrics))), state.optimizer_step)
+        self._hand_over()
+        self._write(as_numbers(state.metrics), state.optimizer_step)
         if self.images is not None:
             for tag, image in self.images(engine).items():
                 add = self.writer.add_images if image.dim() == 4 else self.writer.add_image
@@ -188,15 +221,15 @@ class TensorBoard(Handler):
         if self.hparams:
             from torch.utils.tensorboard.summary import hparams
 
-            metrics = fetched(dict(flat(engine.state.metrics)))
-            for summary in hparams(self.hparams, metrics):  # type: ignore[no-untyped-call]
+            for summary in hparams(self.hparams, as_numbers(engine.state.metrics)):  # type: ignore[no-untyped-call]
                 self.writer.file_writer.add_summary(summary)
         self.close()
 
     @on(Events.TERMINATE | Events.INTERRUPT)
     def flush(self, engine: Any) -> None:
-        """Whatever ends the run, what has been written is on the disk."""
+        """Whatever ends the run, what has been noted is on the disk."""
         if self.writer is not None:
+            self._hand_over()
             self.writer.flush()
 
     @on(Events.EXCEPTION_RAISED)
@@ -207,6 +240,7 @@ class TensorBoard(Handler):
     def state_dict(self) -> dict[str, Any]:
         """The losses since the last point. What a checkpoint comes after is on the disk before it."""
         if self.writer is not None:
+            self._hand_over()
             self.writer.flush()
         return {"losses": torch.stack(self._losses) if self._losses else None, "batches": self._batches}
 
@@ -221,7 +255,11 @@ class TensorBoard(Handler):
 
     def close(self) -> None:
         """Closes the event file, if one is open."""
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
+            self._hand_over()
+        finally:
             self.writer.close()
             self.writer = None
 
@@ -241,14 +279,19 @@ def flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             warnings.warn(f"TensorBoard: the metric {name!r} is a {type(value).__name__}, which is no number", stacklevel=2)
 
 
-def fetched(values: Mapping[str, Any]) -> dict[str, float]:
-    """The values as floats; those on a device come in one transfer."""
-    held = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
-    numbers = {name: float(value) for name, value in values.items() if name not in held}
-    if len(held) == 1:  # nothing to stack
-        numbers |= {name: float(value) for name, value in held.items()}
-    elif held:
-        device = next(iter(held.values())).device
-        stacked = torch.stack([value.to(device, torch.float32).reshape(()) for value in held.values()])
-        numbers |= dict(zip(held, stacked.tolist(), strict=True))
-    return {name: numbers[name] for name in values}
+def fetched(values: Sequence[Any]) -> Iterator[float]:
+    """The values as floats, in order; those on a device come in one transfer."""
+    held = [value.detach() for value in values if isinstance(value, torch.Tensor)]
+    if not held:
+        return map(float, values)
+    device = held[0].device
+    if any(value.dtype != torch.float32 or value.dim() or value.device != device for value in held):
+        held = [value.to(device, torch.float32).reshape(()) for value in held]
+    numbers = iter(torch.stack(held).tolist())
+    return iter([next(numbers) if isinstance(value, torch.Tensor) else float(value) for value in values])
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Every number in metrics by name."""
+    found = dict(flat(metrics))
+    return dict(zip(found, fetched(list(found.values())), strict=True))

@@ -98,14 +98,37 @@ def test_without_a_measure_there_is_no_norm(tmp_path):
 
 
 def test_the_rate_of_samples_counts_samples_and_time(tmp_path, monkeypatch):
-    ticks = iter(range(10_000))
-    monkeypatch.setattr("camshaft.handlers.tensorboard.time.perf_counter", lambda: float(next(ticks)))
+    now = [0.0]
+    monkeypatch.setattr("camshaft.handlers.tensorboard.time.perf_counter", lambda: now[0])
     trainer = trainer_of()
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: now.append(now.pop() + 0.25))
     TensorBoard(tmp_path, every=3).attach(trainer)
     trainer.run(batches(3, size=4))
     ((step, rate),) = curve(tmp_path, "train/samples_per_second")
     assert step == 3
-    assert rate == pytest.approx(12 / 1)
+    assert rate == pytest.approx(12 / 0.75)
+
+
+def test_the_points_of_a_second_are_fetched_and_written_together(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("camshaft.handlers.tensorboard.time.perf_counter", lambda: now[0])
+    trainer = trainer_of()
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: now.append(now.pop() + 0.25))
+    board = TensorBoard(tmp_path, every=1).attach(trainer)
+    held = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: held.append(len(board._points)))
+    trainer.run(batches(6))
+    assert held == [1, 2, 3, 0, 1, 2]
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_held_is_written_before_an_exception_leaves(tmp_path):
+    trainer = trainer_of()
+    TensorBoard(tmp_path, every=1).attach(trainer)
+    trainer.add_event_handler(StepEvents.FORWARD_STARTED(once=4), lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run(batches(6))
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2, 3]
 
 
 def test_several_groups_have_a_curve_each(tmp_path):
