@@ -79,7 +79,9 @@ def make_game(batches: int, folder: Path, clock: Callable[[], float] = time.perf
     """The task of a GAN: the model holds both networks, and the batches have no classes."""
     inputs, hidden, _, samples = SIZES["tiny"]
     torch.manual_seed(0)
-    generator = nn.Sequential(nn.Linear(LATENT, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, inputs))
+    generator = nn.Sequential(
+        nn.Linear(LATENT, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, inputs)
+    )
     critic = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
     task = make_task("tiny", 1, folder, clock)
     data = [torch.randn(samples, inputs) for _ in range(batches)]
