@@ -1,4 +1,4 @@
-"""The pages of docs/from-your-loop as the tests read them: each entry has a half that people copy and a half that replaces it."""
+"""The pages of docs/from-your-loop as the tests read them: entries, half copied code and half the code that replaces it."""
 
 import contextlib
 import io
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import sklearn.datasets  # noqa: F401  # when it is first imported it sets variables of the environment
 
 FOLDER = Path(__file__).parents[2] / "docs/from-your-loop"
-INSTEAD = re.compile(r"^\*\*Instead", re.MULTILINE)
-"""The words with which an entry's second half begins."""
+COPIED, INSTEAD = (re.compile(rf"^\*\*{word}\*\*", re.MULTILINE) for word in ("Copied", "Instead"))
+"""The words with which the halves of an entry begin; code before them belongs to both."""
 
 PART = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -61,14 +61,12 @@ def entries_of(path):
     starts = [match.start() for match in re.finditer(r"^## ", text, re.MULTILINE)]
     setup = blocks_of(text[: starts[0]], 0) if starts else ()
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        cut = INSTEAD.search(text, start, end)
-        middle = cut.start() if cut else end
-        halves = [
-            Half(path.name, setup, blocks_of(text[begin:stop], text.count("\n", 0, begin)))
-            for begin, stop in ((start, middle), (middle, end))
+        cuts = [start, *(word.search(text, start, end).start() for word in (COPIED, INSTEAD)), end]
+        shared, *halves = [
+            blocks_of(text[begin:stop], text.count("\n", 0, begin)) for begin, stop in zip(cuts, cuts[1:], strict=False)
         ]
         title = text[start:end].splitlines()[0].removeprefix("## ")
-        yield Entry(path.name, title, text[start:end], *halves)
+        yield Entry(path.name, title, text[start:end], *(Half(path.name, setup + shared, half) for half in halves))
 
 
 @cache
