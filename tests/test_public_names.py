@@ -66,6 +66,7 @@ HANDLERS = [
     "StopOnSignal",
     "FreezeParameters",
     "EmptyCache",
+    "KerasStyle",
     "Handler",
     "on",
 ]

@@ -9,6 +9,7 @@ from camshaft.handlers.exponential_moving_average import ExponentialMovingAverag
 from camshaft.handlers.freeze_parameters import FreezeParameters
 from camshaft.handlers.gradient_accumulation import GradientAccumulation
 from camshaft.handlers.gradient_clipping import GradientClipping
+from camshaft.handlers.keras_style import KerasStyle
 from camshaft.handlers.lr_history import LRHistory
 from camshaft.handlers.lr_scheduling import LRScheduling
 from camshaft.handlers.mixed_precision import MixedPrecision
@@ -28,6 +29,7 @@ __all__ = [
     "GradientAccumulation",
     "GradientClipping",
     "Handler",
+    "KerasStyle",
     "LRHistory",
     "LRScheduling",
     "MixedPrecision",

@@ -18,6 +18,7 @@ from camshaft.handlers import (
     FreezeParameters,
     GradientAccumulation,
     GradientClipping,
+    KerasStyle,
     LRHistory,
     LRScheduling,
     MixedPrecision,
@@ -33,6 +34,21 @@ def schedule(trainer):
     return torch.optim.lr_scheduler.ExponentialLR(trainer.lead.optimizers[0], 0.5)
 
 
+class EpochCounter:
+    """A callback in Keras's style, with a state."""
+
+    epochs = 0
+
+    def on_epoch_end(self, epoch, logs):
+        self.epochs += 1
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state):
+        self.epochs = state["epochs"]
+
+
 MAKERS = {
     "CheckpointRotation": lambda trainer, folder: CheckpointRotation(folder / "others"),
     "EarlyStopping": lambda trainer, folder: EarlyStopping("score"),
@@ -42,6 +58,7 @@ MAKERS = {
     "FreezeParameters": lambda trainer, folder: FreezeParameters("bias", until_step=2),
     "GradientAccumulation": lambda trainer, folder: GradientAccumulation(2),
     "GradientClipping": lambda trainer, folder: GradientClipping(0.5),
+    "KerasStyle": lambda trainer, folder: KerasStyle(EpochCounter()),
     "LRHistory": lambda trainer, folder: LRHistory(),
     "LRScheduling": lambda trainer, folder: LRScheduling(schedule(trainer)),
     "MixedPrecision": lambda trainer, folder: MixedPrecision("fp16"),
