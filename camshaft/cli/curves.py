@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Curve", "Curves", "Events", "Point", "is_learning_rate", "read_events"]
+from camshaft.board import CYCLE, ENDED
+
+__all__ = ["Curve", "Curves", "Events", "NO_EVENTS", "Point", "is_learning_rate", "read_events"]
 
 LEARNING_RATE = re.compile(r"(^|/)lr(/|$)")
-ENDING = "ended/text_summary"
-CYCLE = "cycle/text_summary"
 
 
 class Point(NamedTuple):
@@ -26,10 +26,17 @@ Curves = Mapping[str, Curve]
 
 
 class Events(NamedTuple):
-    """The scalars of a run by name, and why it ended."""
+    """What the event files of a run hold."""
 
     scalars: Curves
+    """Every scalar by name, each in the order of its steps."""
+    began: float
+    """When the latest run in the folder began, in seconds; 0 where that isn't known."""
     ending: str | None
+    """Why the latest run ended; ``None`` where it has not, or could not say so."""
+
+
+NO_EVENTS = Events({}, 0.0, None)
 
 
 def is_learning_rate(name: str) -> bool:
@@ -44,26 +51,20 @@ def read_events(folder: Path) -> Events:
         folder: the folder with the event files.
 
     Returns:
-        Every scalar by name, each in the order of its steps; and the reason for the end, where the latest run has one.
+        The scalars, when the latest run began, and why it ended.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 1, "histograms": 1})
     reader.Reload()
-    return Events(read_curves(reader), ending_of(reader))
+    scalars = {name: [Point(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+    began, ended = latest_text(reader, CYCLE), latest_text(reader, ENDED)
+    is_over = ended is not None and (began is None or began.wall_time <= ended.wall_time)
+    ending = ended.tensor_proto.string_val[0].decode() if ended is not None and is_over else None
+    return Events(scalars, 0.0 if began is None else began.wall_time, ending)
 
 
-def read_curves(reader: Any) -> dict[str, list[Point]]:
-    """Every scalar of an ``EventAccumulator`` by name."""
-    return {name: [Point(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
-
-
-def ending_of(reader: Any) -> str | None:
-    """What the handler ``TensorBoard`` has written at the end; ``None`` where a later run of the folder hasn't ended."""
-    texts = reader.Tags()["tensors"]
-    if ENDING not in texts:
-        return None
-    ending = reader.Tensors(ENDING)[-1]
-    if CYCLE in texts and reader.Tensors(CYCLE)[-1].wall_time > ending.wall_time:
-        return None
-    return str(ending.tensor_proto.string_val[0].decode())
+def latest_text(reader: Any, name: str) -> Any:
+    """The latest event of a text; ``None`` where there is none."""
+    tag = f"{name}/text_summary"
+    return reader.Tensors(tag)[-1] if tag in reader.Tags()["tensors"] else None

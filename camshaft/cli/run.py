@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from camshaft.cli.curves import Curves, Point, is_learning_rate, read_events
+from camshaft.board import finished
+from camshaft.cli.curves import NO_EVENTS, Curves, Events, Point, is_learning_rate, read_events
 from camshaft.cli.folders import find_folders
 from camshaft.files import BadFile, load_checked
 from camshaft.rates import group_rates
@@ -57,7 +58,7 @@ class Run:
     """Name -> (optimizer step, value): from the event files, and where there are none from the checkpoints."""
     learning_rates: Curves = field(default_factory=dict)
     """Name -> (optimizer step, rate): ``LRHistory``'s where a checkpoint has it, the event files' elsewhere."""
-    ending: Ending | None = None
+    ending: Ending = Ending("not known", ended=False)
     warnings: tuple[str, ...] = ()
     """What could not be read, and why."""
 
@@ -70,7 +71,7 @@ class Run:
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
             "metrics": plain(self.metrics),
             "learning_rates": plain(self.learning_rates),
-            "ending": None if self.ending is None else asdict(self.ending),
+            "ending": asdict(self.ending),
             "warnings": list(self.warnings),
         }
 
@@ -107,17 +108,17 @@ def read_run(path: Path) -> Run:
     folders = find_folders(path)
     index = None if folders.checkpoints is None else Index(folders.checkpoints)
     content, warnings = ({}, []) if index is None else newest_content(index)
-    scalars, ending = ({}, None) if folders.events is None else read_events(folders.events)
+    events = NO_EVENTS if folders.events is None else read_events(folders.events)
     entries = [] if index is None else index.entries
-    rates = {name: curve for name, curve in scalars.items() if is_learning_rate(name)}
+    rates = {name: curve for name, curve in events.scalars.items() if is_learning_rate(name)}
     return Run(
         path=path,
         checkpoints_folder=folders.checkpoints,
         events_folder=folders.events,
         checkpoints=() if index is None else tuple(checkpoint_of(entry, index.folder) for entry in entries),
-        metrics={name: scalars[name] for name in scalars if name not in rates} or metrics_from(entries),
+        metrics={name: curve for name, curve in events.scalars.items() if name not in rates} or metrics_from(entries),
         learning_rates=history_from(content) or rates or present_rates(content),
-        ending=ending_from(content) if ending is None else Ending(ending, ended=True),
+        ending=ending_from(content, events),
         warnings=tuple(warnings),
     )
 
@@ -191,22 +192,25 @@ def present_rates(content: Mapping[str, Any]) -> dict[str, list[Point]]:
     return rates
 
 
-def ending_from(content: Mapping[str, Any]) -> Ending | None:
-    """Why the run of a checkpoint stopped, as far as the checkpoint knows; ``None`` where there is no checkpoint."""
+def ending_from(content: Mapping[str, Any], events: Events) -> Ending:
+    """Why a run stopped, as far as its event files know, and else its newest good checkpoint."""
+    if events.ending is not None:
+        return Ending(events.ending, ended=True)
     if not content:
-        return None
+        return unknown("there is no good checkpoint")
+    if content.get("rotation", {}).get("entry", {}).get("written", 0) < events.began * 1e9:
+        return unknown("the newest good checkpoint was written before the latest run began")
     clocks = content["clocks"]
     epoch, iteration, max_epochs, max_iters = (clocks[name] for name in ("epoch", "iteration", "max_epochs", "max_iters"))
+    last_epoch_is_over = max_epochs is not None and epoch >= max_epochs and not clocks["epoch_is_open"]
     if clocks.get("stop_reason") is not None:
         return Ending(clocks["stop_reason"], ended=True)
-    if max_iters is not None and iteration >= max_iters:
-        return Ending(f"finished after {counted(iteration, 'iteration')}", ended=True)
-    if max_epochs is not None and epoch >= max_epochs and not clocks["epoch_is_open"]:
-        return Ending(f"finished after {counted(epoch, 'epoch')}", ended=True)
+    if last_epoch_is_over or (max_iters is not None and iteration >= max_iters):
+        return Ending(finished(epoch, iteration, max_iters), ended=True)
     where = f"epoch {epoch} of {max_epochs}" if max_iters is None else f"iteration {iteration} of {max_iters}"
-    return Ending(f"not known: the newest checkpoint is of {where}; it still goes on, was killed, or has failed", ended=False)
+    return unknown(f"the newest good checkpoint is of {where}")
 
 
-def counted(number: int, thing: str) -> str:
-    """``1 epoch``, ``2 epochs``."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def unknown(why: str) -> Ending:
+    """What is said of a run that nothing has noted the end of."""
+    return Ending(f"not known: {why}; it still goes on, was killed, or has failed", ended=False)

@@ -27,8 +27,7 @@ def print_run(run: Run, console: Console) -> None:
         console.print(curve_table(title, curves, drawn=drawn) if curves else Text(f"no {title}"), "")
     for warning in run.warnings:
         console.print(Text.assemble(("bad: ", "bold red"), warning))
-    if run.ending is not None:
-        console.print(Text.assemble(("why it stopped: ", "bold"), run.ending.reason))
+    console.print(Text.assemble(("why it stopped: ", "bold"), run.ending.reason))
 
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
