@@ -1,5 +1,9 @@
 """How the guide is built: `make docs`, into docs/_build/html."""
 
+import re
+from itertools import compress
+from pathlib import Path
+
 import camshaft
 
 project = "camshaft"
@@ -9,7 +13,6 @@ copyright = author  # Sphinx's own name for the line at the foot
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # the contents name pages that are still to come by a pattern
 
 html_theme = "furo"
 html_title = f"camshaft {version}"
@@ -26,6 +29,27 @@ python_use_unqualified_type_names = True
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-# What the types in signatures name and others document; a name of ours that leads nowhere is still an error.
-nitpick_ignore_regex = [(r"py:.*", r"(torch|ignite|collections|contextlib|os|pathlib|nn|array)(\..*)?")]
-nitpick_ignore = [("py:class", "Engine"), ("py:class", "camshaft.events.F")]
+# What types in signatures name: others' classes, and ours that are not public. A name in a text that leads nowhere is an error.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|ignite|collections|contextlib|os|pathlib|nn|array)(\..*)?"),
+    (r"py:class", r"camshaft(\.[a-z]\w*)+\.\w+|Engine"),
+]
+
+
+def link_out_of_the_guide(app, page, source):
+    """A Markdown file of the repository that is no page of the guide is handed out as a file."""
+    out = "../" * (page.count("/") + 1)
+    source[0] = re.sub(rf"\]\(({re.escape(out)}\w[^)#]*\.md)\)", r"](path:\1)", source[0])
+
+
+def leave_out_what_is_to_come(app, page, source):
+    """The contents may name pages that aren't written yet; a page that they don't name is a warning."""
+    if page == "index":
+        lines = source[0].splitlines()
+        there = [not re.match(r"guide/\w+$", line) or Path(app.srcdir, f"{line}.md").exists() for line in lines]
+        source[0] = "\n".join(compress(lines, there))
+
+
+def setup(app):
+    app.connect("source-read", link_out_of_the_guide)
+    app.connect("source-read", leave_out_what_is_to_come)

@@ -1,5 +1,7 @@
 """What the README and the guide say is so: their code runs, their links lead somewhere, their cycle is the real one."""
 
+import doctest
+import importlib.util
 import re
 import subprocess
 import sys
@@ -13,29 +15,51 @@ from camshaft import StepEvents
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PRINTED = {"README.md": r"noise added [1-9]\d* times\n"}
-"""What the code of a page prints."""
+"""What the code of a page prints, where no ```output block of the page shows it."""
 
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(`{3,})([^`\n]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
+"""A block of any kind, Sphinx's directives included."""
 
 
-def blocks(page, language):
-    """The blocks of a page in a language, as (line of the page at which it begins, text)."""
+def blocks(page, kind):
+    """The blocks of a page whose first line matches, as (line of the page at which it begins, text)."""
     text = (ROOT / page).read_text()
-    found = BLOCK.finditer(text)
-    return [(text.count("\n", 0, match.start(2)), match[2]) for match in found if match[1] == language]
+    found = FENCE.finditer(text)
+    return [(text.count("\n", 0, match.start(3)), match[3]) for match in found if re.fullmatch(kind, match[2])]
+
+
+def run(code, tmp_path, *options):
+    """Runs blocks as one script, in which an error names the line of the page."""
+    lines = []
+    for line, block in code:
+        lines += [""] * (line - len(lines)) + block.splitlines()
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(lines))
+    return subprocess.run([sys.executable, *options, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
-    script = tmp_path / "page.py"
-    lines = []
-    for line, code in blocks(page, "python"):
-        lines += [""] * (line - len(lines)) + code.splitlines()  # so that an error names the line of the page
-    script.write_text("\n".join(lines))
-    command = [sys.executable, "-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run(blocks(page, "python"), tmp_path, "-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning")
     assert done.returncode == 0, done.stderr
     assert re.search(PRINTED.get(page, ""), done.stdout)
+    shown = "".join(text for _, text in blocks(page, "output"))
+    same = doctest.OutputChecker().check_output(shown, done.stdout, doctest.ELLIPSIS)
+    assert not shown or same, f"{page} shows\n{shown}\nand its code prints\n{done.stdout}"
+
+
+def peers(page):
+    """The kinds of blocks on a page that run only where another package is installed."""
+    return sorted(set(re.findall(r"^```(python requires=\w+)$", (ROOT / page).read_text(), re.MULTILINE)))
+
+
+@pytest.mark.parametrize(("page", "kind"), [(page, kind) for page in PAGES for kind in peers(page)])
+def test_the_code_for_another_package_runs_where_that_is_installed(page, kind, tmp_path):
+    package = kind.partition("=")[2]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} isn't installed")
+    done = run(blocks(page, f"python|{kind}"), tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_code_of_the_readme_is_run():
@@ -43,7 +67,7 @@ def test_the_code_of_the_readme_is_run():
 
 
 def links(page):
-    return re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    return re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", FENCE.sub("", (ROOT / page).read_text()))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -51,10 +75,15 @@ def test_the_links_of_a_page_lead_somewhere(page):
     assert [link for link in links(page) if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
-def test_the_readme_shows_every_event_in_the_order_in_which_it_fires():
-    cycle = next(text for _, text in blocks("README.md", "") if "FORWARD_STARTED" in text)
+def test_the_guide_shows_every_event_in_the_order_in_which_it_fires():
+    cycle = next(text for _, text in blocks("docs/guide/cycle.md", "") if "FORWARD_STARTED" in text)
     named = re.findall(r"^ +([A-Z_]+)\b", cycle, re.MULTILINE)
     assert [name for name in named if name in StepEvents.__members__] == [event.name for event in StepEvents]
+
+
+def test_the_picture_of_the_cycle_shows_every_event():
+    picture = (ROOT / "docs/images/cycle.svg").read_text()
+    assert {event.name for event in StepEvents} <= set(re.findall(r"<!-- (\w+) -->", picture))
 
 
 def test_the_readme_names_every_handler():
@@ -65,4 +94,4 @@ def test_the_readme_names_every_handler():
 def test_the_commands_of_the_readme_are_targets_of_the_makefile():
     named = re.findall(r"(?:^|`)make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"mnist", "test"} <= set(named) <= targets
+    assert {"mnist", "test", "docs"} <= set(named) <= targets
