@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -115,6 +116,76 @@ def test_resume_after_kill(tmp_path):
     whole, resumed = re.findall(r"weights (\w{8})$", printed, re.MULTILINE)
     assert whole == resumed
     assert printed.endswith("both runs are equal, bit for bit\n")
+
+
+def percent(pattern, printed):
+    """Every percentage that follows a text."""
+    return [float(found) for found in re.findall(rf"{pattern} ([\d.]+)%", printed)]
+
+
+def test_finetune_frozen(tmp_path):
+    printed = run("finetune_frozen", tmp_path, "--quick")
+    folder = tmp_path / "runs/finetune_frozen"
+    assert re.findall(r"^epoch .* ([\d,]+) trained", printed, re.MULTILINE) == ["7,845"] * 2 + ["12,485"] * 2 + ["12,901"] * 2
+    accuracies = percent("test accuracy", printed)
+    assert percent("loaded into a new network:", printed) == accuracies[-1:]
+    assert percent("before:", printed)[0] < 40 < accuracies[-1]
+    points = curves(folder)
+    assert points["train/lr/encoder"] == points["train/lr/head"] == list(range(1, 31))
+    encoder, whole = (torch.load(folder / name, weights_only=True) for name in ("encoder.pt", "finetuned.pt"))
+    assert {name for name, tensor in encoder.items() if torch.equal(tensor, whole[f"encoder.{name}"])} == set()
+
+
+def test_token_weighted_lm(tmp_path):
+    printed = run("token_weighted_lm", tmp_path, "--quick")
+    off = dict(re.findall(r"^(.+?) +off the big batch by (.+)$", printed, re.MULTILINE))
+    assert float(off["weighted by characters"]) < 1e-12 < 1e-4 < float(off["each batch the same"])
+    bits = [float(found) for found in re.findall(r"([\d.]+) bits a character", printed)]
+    assert 7 > bits[0] > bits[1] > bits[2] > 1  # seven bits: to know nothing
+    points = curves(tmp_path / "runs/token_weighted_lm")
+    assert points["val/loss"] == [10, 20, 30]
+    assert points["train/loss"] == points["train/grad_norm"] == [10, 20, 30]
+
+
+def test_several_losses(tmp_path):
+    printed = run("several_losses", tmp_path, "--quick")
+    folder = tmp_path / "runs/several_losses"
+    accuracies = percent("val accuracy", printed)
+    assert accuracies[-1] > max(60, accuracies[0])
+    points = curves(folder)
+    assert points["train/classification"] == points["train/reconstruction"] == points["train/loss"] == [10, 20, 30, 40]
+    assert points["val/accuracy"] == points["val/squared error"] == points["val/drawings"] == [16, 32, 48]
+    assert len(checkpoints_in(folder / "checkpoints")) == 1
+    assert hyper_parameters(folder)
+
+
+def test_custom_handler(tmp_path):
+    printed = run("custom_handler", tmp_path, "--quick")
+    without, guarded, resumed = percent("test accuracy", printed)
+    assert without < 90 < guarded == resumed
+    refused = re.findall(r"(\d+) steps refused, (those .*), ...$", printed, re.MULTILINE)
+    assert refused[0] == refused[1]
+    assert 5 <= int(refused[0][0]) <= 12  # four in each of three epochs; two may share a batch
+    assert "bit for bit" in printed
+    assert curves(tmp_path / "runs/custom_handler/with")["guard/refused"]
+
+
+def test_lr_schedules(tmp_path):
+    printed = run("lr_schedules", tmp_path, "--quick")
+    assert is_png(tmp_path / "runs/lr_schedules/lr_schedules.png")
+    assert "the real run used the rates 2.0e-02" in printed
+    assert "15 schedules ahead of time" in printed
+
+
+def test_from_ignite(tmp_path):
+    printed = run("from_ignite", tmp_path, "--quick")
+    theirs, ours = re.split("camshaft\n", printed.partition("\n\n-")[0], maxsplit=1)
+    epochs = re.findall(r"^epoch .*$", theirs, re.MULTILINE)
+    assert epochs == re.findall(r"^epoch .*$", ours, re.MULTILINE)
+    assert len(epochs) == 3
+    assert percent("val accuracy", ours)[-1] > 90
+    assert "\n5 lines in place of 6\nevery validation loss and every weight is the same, bit for bit\n" in printed
+    assert len(checkpoints_in(tmp_path / "runs/from_ignite/1/camshaft")) == 3
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("*.py")))
