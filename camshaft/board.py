@@ -15,14 +15,15 @@ ENDED = "ended"
 LOSS = ".*loss$"
 LEARNING_RATE = "train/(.*/)?lr(/.*)?$"
 GRADIENT_NORM = "train/grad_norm$"
+NUMBER = re.compile("(/[0-9]+)?$")
 
 
 def layout(metrics: Iterable[str], *, gradient_norm: bool) -> dict[str, dict[str, list[object]]]:
     """The page "Custom Scalars": what belongs together in one chart, in the order in which one looks at it.
 
     Args:
-        metrics: the names in ``state.metrics``, such as ``val/accuracy``; those of one name share a chart, whatever is
-            before it.
+        metrics: the names of the metrics' curves, such as ``val/accuracy``. Those with one last part share a chart; a number
+            behind it, as the entries of a vector have, doesn't count.
         gradient_norm: whether the run measures it.
 
     Returns:
@@ -33,11 +34,11 @@ def layout(metrics: Iterable[str], *, gradient_norm: bool) -> dict[str, dict[str
         >>> list(page["overview"])
         ['loss', 'accuracy', 'learning rate', 'gradient norm']
         >>> page["overview"]["accuracy"]
-        ['Multiline', ['([^/]+/)?accuracy(/.*)?$']]
+        ['Multiline', ['(.*/)?accuracy(/[0-9]+)?$']]
     """
-    names = dict.fromkeys(metric.split("/")[1] if "/" in metric else metric for metric in metrics)
+    names = dict.fromkeys(NUMBER.sub("", metric).rsplit("/", 1)[-1] for metric in metrics)
     charts = {"loss": LOSS}
-    charts |= {name: f"([^/]+/)?{re.escape(name)}(/.*)?$" for name in names if not name.endswith("loss")}
+    charts |= {name: f"(.*/)?{re.escape(name)}{NUMBER.pattern}" for name in names if not name.endswith("loss")}
     charts["learning rate"] = LEARNING_RATE
     if gradient_norm:
         charts["gradient norm"] = GRADIENT_NORM
