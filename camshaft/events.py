@@ -171,6 +171,7 @@ class Place(IntEnum):
     SCHEDULE = 30
     JUDGE = 40
     LOG = 50
+    AGREE = 55
     SAVE = 60
 
 
@@ -265,6 +266,10 @@ class Handler:
     changes: ClassVar[tuple[str, ...]] = ()
     needs_trainer: ClassVar[bool] = False
     """Whether it needs the phases of a trainer, and not only its events."""
+    differs_by_rank: ClassVar[bool] = False
+    """Whether its state is another one on each of several processes, so that a checkpoint holds each one's."""
+    granted: bool = False
+    """Where several processes train: whether any of them has wished for what this handler's ``wish(engine)`` asks."""
 
     engine: Any = None
     """The engine to which this handler is attached; ``None`` where it is attached to none."""

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["kept_rng", "restore_rng", "rng_state"]
+__all__ = ["kept_rng", "reseed", "restore_rng", "rng_state"]
+
+
+def reseed(seed: int) -> None:
+    """Seeds the generators of Python, NumPy, torch and each CUDA device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from camshaft.batches import map_tensors
+from camshaft.distributed import everyones, rank, world_size
 from camshaft.engines.data import length_of
 from camshaft.engines.epoch_metrics import metric_states
 from camshaft.events import pack
-from camshaft.randomness import rng_state
+from camshaft.randomness import kept_rng, reseed, restore_rng, rng_state
 
 if TYPE_CHECKING:
     from camshaft.engines.trainer import Trainer
@@ -48,16 +50,28 @@ def content_of(trainer: Trainer) -> dict[str, Any]:
             "length_is_learned": trainer.length_is_learned,
         },
         "phases": {name: phase.state_dict() for name, phase in trainer.phases.items()},
-        "handlers": {name: handler.state_dict() for name, handler in trainer.handlers.items()},
         "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},
+    }
+    own = {
+        "handlers": {name: handler.state_dict() for name, handler in trainer.handlers.items()},
         "losses": {name: value for name, value in state.losses.items() if isinstance(value, (int, float, torch.Tensor))},
         "batch": batch_to_follow(trainer),
         "epoch_metrics": metric_states(trainer),
         "rng": rng_state() if waiting is None else waiting["rng"],
         "data": trainer.place.state_dict(state.iteration, pass_is_spent(trainer)) if waiting is None else waiting["data"],
     }
+    if world_size() > 1:
+        content["ranks"] = every_ranks(trainer, own)
+    content |= own
     packed: dict[str, Any] = pack(content, "the checkpoint")
     return packed
+
+
+def every_ranks(trainer: Trainer, own: Mapping[str, Any]) -> list[Any]:
+    """What is another on each process, of all of them."""
+    differ = {name: own["handlers"][name] for name, handler in trainer.handlers.items() if handler.differs_by_rank}
+    part = map_tensors(lambda tensor: tensor.detach().cpu(), pack({**own, "handlers": differ}, "the checkpoint"))
+    return everyones(part)
 
 
 def restore(trainer: Trainer, content: Mapping[str, Any]) -> None:
@@ -71,6 +85,7 @@ def restore(trainer: Trainer, content: Mapping[str, Any]) -> None:
     """
     if content.get("format") != FORMAT:
         raise ValueError(f"the file isn't a checkpoint of this package's format {FORMAT}: format {content.get('format')!r}")
+    content = own_part(content)
     if list(content["phases"]) != list(trainer.phases):
         raise ValueError(f"the checkpoint has the phases {list(content['phases'])}, this trainer {list(trainer.phases)}")
     for name, phase in trainer.phases.items():
@@ -91,6 +106,41 @@ def restore(trainer: Trainer, content: Mapping[str, Any]) -> None:
     trainer.should_terminate = trainer.should_terminate_single_epoch = False
     trainer._internal_run_generator = trainer._dataloader_iter = trainer._init_iter = None
     trainer._restored = content
+
+
+def own_part(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint as it is for this process: of as many as there were when it was written, each has its own part."""
+    ranks, processes = content.get("ranks", [content]), world_size()
+    part = ranks[rank() % len(ranks)]
+    own = {**content, **part, "handlers": {**content["handlers"], **part["handlers"]}}
+    return own if len(ranks) == processes else redealt(own, len(ranks), processes)
+
+
+def redealt(content: dict[str, Any], before: int, now: int) -> dict[str, Any]:
+    """A checkpoint for another number of processes: as many samples have been taken, by other hands.
+
+    Args:
+        content: the part of one process.
+        before: how many processes wrote it.
+        now: how many go on.
+    """
+    warnings.warn(
+        f"resume: the checkpoint was written by {before} processes and {now} go on: weights, optimizers and clocks are exact, "
+        "the place in the data is that of as many samples, and random numbers are others from here on",
+        stacklevel=5,
+    )
+    clocks, data = dict(content["clocks"]), dict(content["data"])
+    clocks["epoch_iteration"] = clocks["epoch_iteration"] * before // now
+    data["length"] = None
+    if "taken" in data:
+        data["taken"] = data["taken"] * before // now
+    phases = {name: {key: part for key, part in phase.items() if key != "window"} for name, phase in content["phases"].items()}
+    if rank() >= before:  # two processes must not draw the same numbers
+        with kept_rng():
+            restore_rng(content["rng"])
+            reseed(int(torch.randint(2**31, ()).item()) + rank())
+            content = {**content, "rng": rng_state()}
+    return {**content, "clocks": clocks, "data": data, "phases": phases, "is_redealt": True}
 
 
 def batch_to_follow(trainer: Trainer) -> Any:
@@ -126,12 +176,24 @@ def pass_is_spent(trainer: Trainer) -> bool:
     return length is not None and taken >= length
 
 
+def recount(trainer: Trainer, restored: Mapping[str, Any], data: Any) -> None:
+    """The first clock, where epochs have another number of batches now."""
+    state, length = trainer.state, length_of(data)
+    if length is not None and state.epoch_length is not None:
+        whole_epochs = state.epoch - state.epoch_is_open
+        state.epoch_length, state.iteration = length, whole_epochs * length
+        if state.epoch_is_open:
+            state.iteration += restored["clocks"]["epoch_iteration"]
+
+
 def is_finished(
     trainer: Trainer, restored: Mapping[str, Any], data: Any, max_epochs: int | None, max_iters: int | None
 ) -> bool:
     """Takes the limits of a resumed run over, and says whether they are reached already."""
     if max_epochs is not None and max_iters is not None:
         raise ValueError("max_epochs and max_iters exclude each other; give only one of them")
+    if restored.get("is_redealt"):
+        recount(trainer, restored, data)
     before, now = restored["data"]["length"], length_of(data)
     if before is not None and now is not None and before != now:
         raise ValueError(

@@ -11,7 +11,9 @@ from ignite.metrics import Metric
 from torch import nn
 
 from camshaft.batches import prepare_pair
+from camshaft.distributed import copy_from_first, everyones, is_sharded, replica, world_size
 from camshaft.engines.checks import check_device, name_of
+from camshaft.engines.data import length_of
 from camshaft.engines.loop import LoopEngine
 from camshaft.modules import kept_training_flags
 from camshaft.precision import autocast_for
@@ -69,6 +71,9 @@ def create_evaluator(
     for argument, function in (("model_transform", model_transform), ("output_transform", output_transform)):
         if function is not None and not callable(function):
             raise TypeError(f"{argument} must be callable, got {function!r}")
+    wrapper = replica(model)
+    if wrapper is not None:
+        model = wrapper.module  # DDP's own forward pass would have the processes wait for each other at every batch
     place = check_device(device, model)
     autocast = autocast_for(amp, place)
 
@@ -106,6 +111,24 @@ class Evaluator(LoopEngine):
 
     def run(self, *args: Any, **kwargs: Any) -> State:
         """Evaluates over the data, as :meth:`ignite.engine.Engine.run` runs."""
+        if world_size() > 1:
+            self._bring_together(args[0] if args else kwargs.get("data"))
         with kept_training_flags(self.model), kept_rng(), torch.inference_mode():
             self.model.eval()
             return super().run(*args, **kwargs)
+
+    def _bring_together(self, data: Any) -> None:
+        """Gives every process the buffers (BatchNorm's statistics) of the first, as DDP does before a step.
+
+        Raises:
+            ValueError: where FSDP2, whose forward pass takes all processes, would have some wait for ever.
+        """
+        if not is_sharded(self.model):
+            copy_from_first(self.model.buffers())
+            return
+        lengths = everyones(length_of(data))
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"a model under fully_shard takes every process for each batch, but they have {lengths} batches to evaluate; "
+                "give each as many (DistributedSampler does)"
+            )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import describe, to_device
+from camshaft.distributed import replica
 from camshaft.engines.checks import check_count, name_of
 from camshaft.engines.gan_losses import loss_pair
 from camshaft.engines.penalties import Penalty, warn_of_batch_norm
@@ -141,7 +142,7 @@ def create_gan_trainer(
         raise TypeError(f"prepare_batch must be callable, got {prepare_batch!r}")
     discriminator_loss, generator_loss = loss_pair(loss)
     penalties = penalties_of(penalty)
-    players = Players(generator, discriminator, latent, conditional, prepare_batch, non_blocking)
+    players = Players(called(generator), called(discriminator), latent, conditional, prepare_batch, non_blocking)
     judging = Judging(players, discriminator_loss, penalties, loss)
     forging = Forging(players, generator_loss, loss)
     lead = Phase("discriminator", discriminator, discriminator_optimizer, judging, prepare=judging.prepare, device=device)
@@ -162,6 +163,8 @@ def create_gan_trainer(
         )
     players.device = judging.device = lead.device
     players.phases = lead, follower
+    for phase in (lead, follower):
+        phase.reduced_by_hand = replica(phase.module) is not None
     trainer = Trainer([lead, follower], output=output)
     if any(isinstance(item, Penalty) for item in penalties):
         warn_of_batch_norm(discriminator)
@@ -176,6 +179,12 @@ def create_gan_trainer(
     for name, scheduler in (("generator", generator_scheduler), ("discriminator", discriminator_scheduler)):
         attach_schedulers(trainer, name, scheduler, schedule_every)
     return trainer
+
+
+def called(network: Any) -> Any:
+    """A network as the objectives call it: inside DDP's wrapper, which allows for one pass before each backward alone."""
+    wrapper = replica(network) if isinstance(network, nn.Module) else None
+    return network if wrapper is None else wrapper.module
 
 
 def output(engine: Trainer) -> dict[str, Any]:

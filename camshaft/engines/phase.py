@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import detached, to_device
+from camshaft.distributed import local
 from camshaft.engines.checks import (
     bad_loss,
     check_count,
@@ -21,6 +22,7 @@ from camshaft.engines.checks import (
     name_of,
     stateful,
 )
+from camshaft.engines.replicas import Replicas
 from camshaft.engines.window import Window
 from camshaft.events import StepEvents
 from camshaft.modules import unwrap
@@ -114,6 +116,11 @@ class Phase:
         self.autocast: torch.autocast | None = None
         self.scaler: torch.amp.GradScaler | None = None
 
+        self.reduced_by_hand = False
+        """Whether the objective calls the network past its DDP wrapper, so that gradients are reduced when a window closes."""
+        self.replicas: Replicas | None = None
+        """The same network on other processes; ``None`` where there is one process."""
+
         self._refusals: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
         self._optimizers_zero = any(has_own_zero_grad(item) for item in self.optimizers)
@@ -142,6 +149,8 @@ class Phase:
             self.zero_grad()
             if not window.plain:
                 window.open(engine.batches_left if self is engine.lead else window.steps)
+        if self.replicas is not None:
+            self.replicas.announce(engine.length_is_known or self is not engine.lead)
 
         prepared = self.prepare(engine, batch)
         self.forward_passes += 1
@@ -181,12 +190,14 @@ class Phase:
         """
         state, fire, heard = engine.state, engine._fire_event, engine.heard
         state.phase, state.grad_norm = self.name, None
+        if self.replicas is not None:
+            self.replicas.reduce()
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        divisor = None if self.window.plain else self.window.divisor()
+        divisor = None if self.window.plain else self._divisor()
         if divisor is not None:
-            torch._foreach_div_([p.grad for p in self.parameters() if p.grad is not None], divisor)
+            torch._foreach_div_([local(p.grad) for p in self.parameters() if p.grad is not None], divisor)
         self.optimizer_step = state.optimizer_step = self.optimizer_step + 1
         completed = False
         try:
@@ -207,6 +218,8 @@ class Phase:
         if self.scaler is not None and any(self.scaler._found_inf_per_device(o) for o in self.optimizers):
             self.scaler.update()
         if completed:
+            if self.replicas is not None and not self.replicas.checked:
+                self.replicas.check_same()
             if heard.optimizer_step_completed:
                 fire(OPTIMIZER_STEP_COMPLETED)
         else:
@@ -277,15 +290,23 @@ class Phase:
     def _refused(self) -> bool:
         """Whether the scaler or a handler refuses the step: the one moment at which the host waits for the device."""
         refusals, self._refusals = self._refusals, []
-        flags = [flag for flag, _ in refusals]
-        flags += self.overflows()
+        overflows = self.overflows()
+        flags = [flag for flag, _ in refusals] + overflows
         if not flags:
             return False
-        verdicts = torch.stack([flag.detach().to(flags[0].device, torch.float32) for flag in flags]).tolist()
+        stacked = torch.stack([flag.detach().to(flags[0].device, torch.float32) for flag in flags])
+        verdicts = (stacked if self.replicas is None else self.replicas.worst(stacked, overflows)).tolist()
         for refused, (_, then) in zip(verdicts, refusals, strict=False):
             if refused:
                 then()
         return any(verdicts)
+
+    def _divisor(self) -> Any:
+        """What the gradients have yet to be divided by; each process's weights count."""
+        divisor = self.window.divisor(alone=self.replicas is None)
+        if self.replicas is None or self.window.loss_weight == "batch":
+            return divisor
+        return self.replicas.divisor(divisor)
 
     # -- loss and batch -----------------------------------------------------------------------------------------------
 
@@ -356,7 +377,10 @@ class Phase:
         if part is not None:
             state["objective"] = dict(part.state_dict())
         if self.window_is_open:
-            state["window"] = self.window.state_dict() | {"gradients": [p.grad for p in self.parameters()]}
+            gathered: dict[str, Any] = {"gradients": [p.grad for p in self.parameters()]}
+            if self.replicas is not None:
+                gathered = self.replicas.gathered()
+            state["window"] = self.window.state_dict() | gathered
         return state
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from camshaft.randomness import kept_rng
+from camshaft.randomness import kept_rng, reseed
 
 __all__ = ["SeededDataset", "seed_everything", "worker_init_fn"]
 
@@ -36,9 +36,7 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
         raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
     if deterministic and benchmark:
         raise ValueError("deterministic and benchmark contradict each other: a benchmark chooses by time")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # every accelerator's generators too
+    reseed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)

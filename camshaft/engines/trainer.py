@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Engine, Events, State
 from torch.utils.data import DataLoader
 
+from camshaft.distributed import pass_together, world_size
 from camshaft.engines.checkpoint import content_of, is_finished, restore
 from camshaft.engines.data import DataPlace
 from camshaft.engines.epoch_metrics import restore_metrics
@@ -17,6 +18,7 @@ from camshaft.engines.explain import explain
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
 from camshaft.engines.state import TrainerState
+from camshaft.engines.together import Together
 from camshaft.events import Handler, PhaseEvent, StepEvents
 from camshaft.randomness import restore_rng
 from camshaft.rates import group_rates
@@ -66,6 +68,8 @@ class Trainer(LoopEngine):
         self.length_is_learned = False
         self._asked_to_stop = False
         self._steps_before = 0
+        self.together: Together | None = None
+        """The other processes of this run; ``None`` where there is one."""
         self.exit_code: int | None = None
         """What the process exits with when the run has ended; set by whoever was asked to end it."""
         self.add_event_handler_at(-1000, Events.STARTED, self._begin_run)
@@ -108,6 +112,11 @@ class Trainer(LoopEngine):
         state = self.state
         left = float("inf") if state.epoch_length is None else state.epoch_length - self.epoch_iteration + 1
         return left if state.max_iters is None else min(left, state.max_iters - state.iteration + 1)
+
+    @property
+    def length_is_known(self) -> bool:
+        """Whether it is sure how many batches there are before the data stops."""
+        return self.batches_left != float("inf")
 
     @property
     def window_is_open(self) -> bool:
@@ -183,8 +192,10 @@ class Trainer(LoopEngine):
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if world_size() > 1 and self.together is None:
+            self.together = Together(self)
         if self._internal_run_generator is not None:  # interrupted: goes on inside the same epoch
-            super().run(data, max_epochs, max_iters, epoch_length)
+            self._run_together(data, max_epochs, max_iters, epoch_length)
             self._exit_if_asked()
             return self.state
         if self._restored is not None:
@@ -195,7 +206,7 @@ class Trainer(LoopEngine):
             self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
         self._asked_to_stop = False
         resumed = self._restored is not None
-        super().run(data, max_epochs, max_iters, epoch_length)
+        self._run_together(data, max_epochs, max_iters, epoch_length)
         ended = self._internal_run_generator is None
         self._exit_if_asked()
         if ended and not resumed and not self._asked_to_stop and self._steps_tried() == self._steps_before:
@@ -204,6 +215,18 @@ class Trainer(LoopEngine):
                 "every window was dropped by partial_window='drop'"
             )
         return self.state
+
+    def _run_together(self, *arguments: Any) -> None:
+        """Ignite's run; where other processes run too, an exception that comes of one's failure names that one."""
+        try:
+            super().run(*arguments)
+        except BaseException as error:
+            if self.together is None:
+                raise
+            cause = self.together.failures.leave(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
+            if cause is error:
+                raise
+            raise cause from error
 
     def _exit_if_asked(self) -> None:
         code, self.exit_code = self.exit_code, None  # where the exit is caught, the next run is an ordinary one
@@ -217,11 +240,23 @@ class Trainer(LoopEngine):
             skip_completed: leaves out ``COMPLETED``.
             reason: what ``state.stop_reason`` says.
         """
-        super().terminate(skip_completed is True)  # as a handler itself it is given the engine
         self._asked_to_stop = True
+        where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
+        reason = reason or f"terminate() was called in {where}"
+        skip_completed = skip_completed is True  # as a handler itself it is given the engine
+        if self.together is not None and self.is_running:
+            self.together.ask_to_stop(reason, skip_completed)
+            return
+        super().terminate(skip_completed)
         if self.state.stop_reason is None:
-            where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
-            self.state.stop_reason = reason or f"terminate() was called in {where}"
+            self.state.stop_reason = reason
+
+    def terminate_epoch(self, *arguments: Any, **keywords: Any) -> None:
+        """Ends the epoch after the event in which this is called, as Ignite does."""
+        if self.together is not None and self.is_running:
+            self.together.wish_to_end_epoch = True
+            return
+        super().terminate_epoch(*arguments, **keywords)
 
     def explain(self) -> str:
         """The cycle as it will run, as text: each event, its handlers in order, their filters and what they change.
@@ -248,6 +283,8 @@ class Trainer(LoopEngine):
             if self._restored is None and state.iteration == 0:
                 phase.optimizer_step = phase.skipped_steps = phase.forward_passes = 0
                 state.losses.clear()
+        if self.together is not None:
+            self.together.begin()
         self._steps_before = self._steps_tried()
         main = list(self.phases.values())[-1]
         state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
@@ -279,11 +316,21 @@ class Trainer(LoopEngine):
             self._listeners.pop("EPOCH_STARTED", None)
             if self.state.epoch_is_open or not restored["data"]["spent"]:
                 self._init_iter = restored["clocks"]["epoch_iteration"] if self.state.epoch_is_open else 0
-                self._dataloader_iter = self.place.resume(data, restored["data"], self.state.iteration)
+                self._dataloader_iter = self._passed_together(self.place.resume(data, restored["data"], self.state.iteration))
                 return
             self.place.resume(data, restored["data"], self.state.iteration)
         self.place.begin(data, self.state.iteration, self.state.epoch)
         super()._setup_dataloader_iter()
+        self._dataloader_iter = self._passed_together(self._dataloader_iter)
+
+    def _passed_together(self, batches: Any) -> Any:
+        """Batches that end on every process at once, where nobody knows how many there are."""
+        return pass_together(batches) if self.together is not None and self.state.epoch_length is None else batches
+
+    def _could_not_fetch(self, error: Exception) -> None:
+        if self.together is not None:  # the others have begun the next step and would wait for this one
+            raise error
+        super()._could_not_fetch(error)
 
     def _run_once_on_dataset_as_gen(self) -> Generator[State, None, float]:
         self.state.epoch_is_open = True

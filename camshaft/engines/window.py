@@ -35,6 +35,8 @@ class Window:
         """The number of batches after which the open window closes."""
         self.weight: Any = 0.0
         """The sum of the weights gathered."""
+        self.is_doomed = False
+        """Whether the data ends before the open window is full, which will then be dropped."""
         self.configure()
 
     def configure(self, steps: int = 1, loss_weight: str | Callable[[Any], Any] = "batch", partial: str = "step") -> None:
@@ -70,6 +72,7 @@ class Window:
             left: how many batches there are before the data is bound to stop; infinite where that isn't known.
         """
         short = left < self.steps and self.partial == "step"
+        self.is_doomed = left < self.steps and not short
         self.length, self.weight = int(left) if short else self.steps, 0.0
 
     def share(self, loss: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -98,15 +101,18 @@ class Window:
             )
         return weight
 
-    def divisor(self) -> Any:
+    def divisor(self, alone: bool = True) -> Any:
         """What the gathered gradients have yet to be divided by; ``None`` where they are true as they are.
+
+        Args:
+            alone: whether no other process gathers for the same window.
 
         Raises:
             ValueError: where all batches of the window weigh nothing.
         """
         if self.loss_weight == "batch":  # divided on the way, unless the window came out shorter than planned
             return None if self.batches == self.length else self.batches / self.length
-        if not isinstance(self.weight, torch.Tensor) and self.weight == 0:
+        if alone and not isinstance(self.weight, torch.Tensor) and self.weight == 0:
             raise ValueError("every batch of this window weighs 0 by loss_weight: its mean loss is not defined")
         return self.weight
 

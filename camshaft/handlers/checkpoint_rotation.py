@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from camshaft.distributed import agreed, first_ones, is_writer, world_size
 from camshaft.events import Events, Handler, Listener, Place, on, split
 from camshaft.files import BadFile, clear_litter, load_checked
 from camshaft.metrics import MetricWatch, as_number, check_mode
@@ -40,6 +41,8 @@ class CheckpointRotation(Handler):
         every_minutes: asks for one whenever so many minutes have gone since the last, too.
         background: has a thread write while training goes on; the tensors are copied first, one save is under way at most, and
             the last is waited for at the end of the run.
+
+    Of several processes the first writes, all take part, and each goes on from its own random state and place in the data.
 
     Raises:
         ValueError: where a value isn't allowed; in the run, where the metric never appears.
@@ -98,6 +101,8 @@ class CheckpointRotation(Handler):
     @property
     def index(self) -> Index:
         """What the folder holds; a save in the background is waited for."""
+        if not is_writer():
+            return Index(self.folder)  # as the first process has left it
         self.writer.wait()
         return self.writer.index
 
@@ -126,6 +131,8 @@ class CheckpointRotation(Handler):
         """Makes the folder, sees that it can be written, and clears what a killed save has left there."""
         if not hasattr(engine, "checkpoint"):
             raise TypeError(f"CheckpointRotation needs a trainer from create_trainer(), got {type(engine).__name__}")
+        if not is_writer():
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".camshaft-{os.getpid()}.tmp"
@@ -160,17 +167,25 @@ class CheckpointRotation(Handler):
         """Asks for a checkpoint at the end of the open window."""
         self._requested = True
 
+    def wish(self, engine: Any) -> bool:
+        """Whether this process wants a checkpoint; of several, all take part where one does."""
+        self._look_at_score(engine)
+        return self._requested or self._minutes_are_over()
+
+    def _minutes_are_over(self) -> bool:
+        return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
+
     def _is_due(self, engine: Any, _: int) -> bool:
+        if engine.together is not None:
+            return self.granted
         if self._requested or (self.watch is not None and self.watch.is_new(engine)):
             return True
-        return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
+        return self._minutes_are_over()
 
     def settle(self, engine: Any) -> None:
         """Saves what has been asked for, unless a window is open."""
         self.writer.settle()
-        self._look_at_score(engine)
-        if self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60:
-            self._requested = True
+        self._requested = self.wish(engine) if engine.together is None else self.granted
         if self._requested and not engine.window_is_open:
             self._save()
 
@@ -183,8 +198,10 @@ class CheckpointRotation(Handler):
     @on(Events.COMPLETED, place=Place.SAVE)
     def finish(self, engine: Any) -> None:
         """Saves the end of a run where anything is new, the gradients of an open window included."""
-        self._look_at_score(engine)
-        if self._requested or self._saved_at != self._now(engine):
+        wanted = self.wish(engine) or self._saved_at != self._now(engine)
+        if engine.together is not None:
+            wanted = bool(agreed([wanted])[0])
+        if wanted:
             self._save()
         self.writer.wait()
 
@@ -241,10 +258,29 @@ class CheckpointRotation(Handler):
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         entry = Entry(file_name(step), step, state.iteration, state.epoch, score, metrics, when)
         content = engine.checkpoint()
-        content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
-        path = self.writer.write(content, entry)
+        path = self._write(content, entry) if world_size() == 1 else self._write_once(content, entry)
         if path is not None:
             self._saved_at, self._saved_when = self._now(engine), time.monotonic()
+        return path
+
+    def _write(self, content: dict[str, Any], entry: Entry) -> Path | None:
+        content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
+        return self.writer.write(content, entry)
+
+    def _write_once(self, content: dict[str, Any], entry: Entry) -> Path | None:
+        """The first process writes, and all hear what has come of it."""
+        path: Path | None = None
+        error: Exception | None = None
+        if is_writer():
+            try:
+                path = self._write(content, entry)
+            except OSError as failure:
+                error = failure
+        path, text = first_ones((path, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        if text is not None:
+            raise OSError(f"rank 0 could not write a checkpoint: {text}")
         return path
 
     @on(Events.EXCEPTION_RAISED)
@@ -271,6 +307,25 @@ class CheckpointRotation(Handler):
             raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
         if self.engine.is_running:
             raise RuntimeError("resume() can't be called inside a run; call it before run()")
+        if world_size() == 1:
+            return self._resume(which)
+        path: Path | None = None
+        error: Exception | None = None
+        if is_writer():
+            try:
+                path = self._resume(which)
+            except (RuntimeError, ValueError, OSError) as failure:
+                error = failure
+        path, text = first_ones((path, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        if text is not None:
+            raise BadFile(f"rank 0 could not resume: {text}")
+        if path is not None and not is_writer():
+            self._load(path)
+        return path
+
+    def _resume(self, which: str | os.PathLike[str]) -> Path | None:
         if which == "best":
             if self.best is None:
                 raise BadFile(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from camshaft.distributed import world_size
 from camshaft.events import Events, Handler, Listener, Place, on, split
 from camshaft.modules import kept_training_flags
 from camshaft.randomness import kept_rng
@@ -92,7 +93,7 @@ class Evaluation(Handler):
             try:
                 self.evaluator.run(self.data)
             except Exception:
-                if getattr(engine, "ending", None) is None:
+                if getattr(engine, "ending", None) is None or world_size() > 1:
                     raise
                 return  # what is about to end the run has ended the loader's workers first
         self.has_run = True

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from camshaft.distributed import whole
 from camshaft.events import Handler, Place, StepEvents, on
 
 __all__ = ["GradientClipping"]
@@ -77,7 +78,7 @@ class GradientClipping(Handler):
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
         if state.grad_norm is None:  # another clipping may have been here before
-            state.grad_norm = norm
+            state.grad_norm = whole(norm)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.function is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from camshaft.distributed import local, world_size
 from camshaft.events import Handler, Place, StepEvents, on
 
 __all__ = ["NonFiniteGuard"]
@@ -72,7 +73,9 @@ class NonFiniteGuard(Handler):
             if not bool(loss.isfinite()):
                 return f"the loss of iteration {iteration} is {float(loss)}, {where}; the weights are as before it"
         named = engine.phases[state.phase].module.named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+        bad = [name for name, p in named if p.grad is not None and not bool(local(p.grad).isfinite().all())]
+        if not bad and world_size() > 1:
+            return f"the loss or the gradient of another process is not finite in iteration {state.iteration}, {where}"
         names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         return f"the gradient of {names or 'a parameter'} is not finite in iteration {state.iteration}, {where}"
 
@@ -82,7 +85,8 @@ def any_non_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
 
     It looks at the largest magnitudes: unlike sums they can't overflow where all entries are finite.
     """
-    dense = (tensor._values() if tensor.is_sparse else tensor for tensor in tensors)
+    held = (local(tensor) for tensor in tensors)
+    dense = (tensor._values() if tensor.is_sparse else tensor for tensor in held)
     entries = [values.detach() for values in dense if values.numel()]
     if not entries:
         return torch.zeros((), dtype=torch.bool, device=tensors[0].device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from camshaft.distributed import is_writer
 from camshaft.events import Events, Handler, Place, on
 
 __all__ = ["Progress"]
@@ -15,6 +16,8 @@ __all__ = ["Progress"]
 
 class Progress(Handler):
     """A tqdm bar over each epoch with the loss and the rate; it reads the loss only when it redraws.
+
+    Of several processes the first draws it, with its own loss.
 
     Args:
         every_seconds: the shortest time between two redraws.
@@ -37,6 +40,8 @@ class Progress(Handler):
             raise ValueError(f"every_seconds must be a number of at least 0, got {every_seconds!r}")
         self._tqdm, self.every_seconds, self.metrics = tqdm, every_seconds, metrics
         self.options = {"mininterval": 0.0, "leave": True, "dynamic_ncols": True} | tqdm_options
+        if not is_writer():
+            self.options["disable"] = True
         self.bar: Any = None
         self._next = 0.0
 
@@ -58,6 +63,8 @@ class Progress(Handler):
         if self.bar is None:  # attached in the middle of an epoch, or resumed there, where no epoch has started
             self.open(engine, getattr(engine, "epoch_iteration", 1) - 1)
         self._count += 1
+        if self.bar.disable:
+            return
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self.every_seconds

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from camshaft.batches import length
+from camshaft.distributed import is_writer, local, world_size
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
 
 __all__ = ["TensorBoard"]
@@ -32,6 +34,7 @@ class Point(NamedTuple):
     time: float
     losses: list[torch.Tensor]
     batches: int
+    samples: Any
     values: dict[str, Any]
 
 
@@ -42,7 +45,7 @@ class TensorBoard(Handler):
     ``train/lr/<group>``), ``train/grad_norm`` where it is measured (the last), ``train/samples_per_second``, the entries of a
     mapping from ``compute_loss`` or a GAN as ``train/<name>``, and ``state.metrics`` under their names. What is shown is
     gathered on the device, and the points of about a second are fetched in one transfer and written together. A resumed run
-    goes on in the same folder.
+    goes on in the same folder. Of several processes the first writes, and losses and samples are those of all.
 
     Args:
         log_dir: the folder of this run.
@@ -65,6 +68,8 @@ class TensorBoard(Handler):
         >>> _ = trainer.run([(torch.zeros(2, 8), torch.zeros(2, 1))] * 2)
     """
 
+    differs_by_rank = True
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str],
@@ -84,6 +89,7 @@ class TensorBoard(Handler):
         self.log_dir, self.every, self.images, self.histograms = os.fspath(log_dir), every, images, histograms
         self.hparams = dict(hparams or {})
         self.writer: Any = None
+        self._world = 1
         self._losses: list[torch.Tensor] = []
         self._batches = self._samples = 0
         self._since = self._seconds = 0.0
@@ -113,14 +119,17 @@ class TensorBoard(Handler):
         self._summary = Summary
         self.close()
         state = engine.state
+        self._world = world_size()
         resumed = state.iteration > 0
-        purge_step = state.optimizer_step + 1 if resumed else None
-        self.writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=FLUSH_SECONDS)
         self._main = list(engine.phases)[-1]
         self._version = state.metrics.version
         if not resumed:
             self._losses, self._batches = [], 0
         self._restart_clock()
+        if not is_writer():
+            return
+        purge_step = state.optimizer_step + 1 if resumed else None
+        self.writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=FLUSH_SECONDS)
         self.writer.add_text("cycle", "```\n" + engine.explain() + "\n```", state.optimizer_step)
 
     @on(Events.EPOCH_STARTED)
@@ -158,24 +167,43 @@ class TensorBoard(Handler):
         for name in engine.phases:
             values |= {f"train/{key}": rate for key, rate in engine.learning_rates(name)}
         losses = self._losses if len(engine.phases) == 1 else []
-        self._points.append(Point(state.optimizer_step, time.time(), losses, self._batches, values))
+        point = Point(state.optimizer_step, time.time(), losses, self._batches, self._samples, values)
+        self._losses, self._batches, self._samples = [], 0, 0
+        if self._world > 1:
+            point = self._summed(point, [f"train/{name}" for name, _ in flat(state.losses)])
+        if self.writer is None:
+            return
+        self._points.append(point)
         self._held += len(losses) + len(values)
-        self._losses, self._batches = [], 0
         if self._held >= HOLD_TENSORS or self._seconds + time.perf_counter() - self._since >= HOLD_SECONDS:
             self._hand_over()
+
+    def _summed(self, point: Point, named: list[str]) -> Point:
+        """A point of all processes: losses and samples summed, named losses averaged, in one transfer from device to device."""
+        own = [*point.losses, *(torch.as_tensor(point.values[name]) for name in named)]
+        device = own[0].device if own else torch.device("cpu")
+        loss = torch.stack(point.losses).sum() if point.losses else torch.zeros((), device=device)
+        parts = [loss, torch.tensor(float(point.samples)), *own[len(point.losses) :]]
+        summed = torch.stack([part.to(device, torch.float64).reshape(()) for part in parts])
+        dist.all_reduce(summed)
+        values = point.values | dict(zip(named, (summed[2:] / self._world).float(), strict=True))
+        losses = [summed[0].float()] if point.losses else []
+        return point._replace(losses=losses, batches=point.batches * self._world, samples=summed[1], values=values)
 
     def _hand_over(self) -> None:
         """Fetches the points that are held in one transfer, and writes them."""
         points, self._points, self._held = self._points, [], 0
         if not points:
             return
-        numbers = fetched([value for point in points for value in (*point.losses, *point.values.values())])
+        numbers = fetched([value for point in points for value in (*point.losses, point.samples, *point.values.values())])
         self._seconds += time.perf_counter() - self._since  # the host has waited for the device: this is the true rate
-        rate = {"train/samples_per_second": self._samples / self._seconds} if self._samples and self._seconds > 0 else {}
-        for point in points:
-            loss = sum(next(numbers) for _ in point.losses)
-            mean = {"train/loss": loss / point.batches} if point.losses else {}
-            self._write(mean | {name: next(numbers) for name in point.values} | rate, point.step, point.time)
+        rows = [[next(numbers) for _ in range(len(point.losses) + 1 + len(point.values))] for point in points]
+        samples = self._samples * self._world + sum(row[len(point.losses)] for point, row in zip(points, rows, strict=True))
+        rate = {"train/samples_per_second": samples / self._seconds} if samples and self._seconds > 0 else {}
+        for point, row in zip(points, rows, strict=True):
+            count = len(point.losses)
+            mean = {"train/loss": sum(row[:count]) / point.batches} if count else {}
+            self._write(mean | dict(zip(point.values, row[count + 1 :], strict=True)) | rate, point.step, point.time)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -192,15 +220,17 @@ class TensorBoard(Handler):
     def write_metrics(self, engine: Any) -> None:
         """Writes new metrics, and with them images and histograms."""
         state = engine.state
-        if self.writer is None or not self._has_new_metrics(engine, 0):
+        if not self._has_new_metrics(engine, 0):
             return
         self._version = state.metrics.version
+        images = {} if self.images is None else self.images(engine)  # every process makes them: it may take all to run a model
+        if self.writer is None:
+            return
         self._hand_over()
         self._write(as_numbers(state.metrics), state.optimizer_step)
-        if self.images is not None:
-            for tag, image in self.images(engine).items():
-                add = self.writer.add_images if image.dim() == 4 else self.writer.add_image
-                add(tag, image, state.optimizer_step)
+        for tag, image in images.items():
+            add = self.writer.add_images if image.dim() == 4 else self.writer.add_image
+            add(tag, image, state.optimizer_step)
         if self.histograms:
             self._write_histograms(engine)
 
@@ -209,9 +239,9 @@ class TensorBoard(Handler):
         for phase in engine.phases.values():
             prefix = f"{phase.name}/" if len(engine.phases) > 1 else ""
             for name, parameter in phase.module.named_parameters():
-                self.writer.add_histogram(f"{prefix}weights/{name}", parameter, step)
-                if parameter.grad is not None and bool(parameter.grad.isfinite().all()):
-                    self.writer.add_histogram(f"{prefix}gradients/{name}", parameter.grad, step)
+                self.writer.add_histogram(f"{prefix}weights/{name}", local(parameter), step)
+                if parameter.grad is not None and bool(local(parameter.grad).isfinite().all()):
+                    self.writer.add_histogram(f"{prefix}gradients/{name}", local(parameter.grad), step)
 
     @on(Events.COMPLETED, place=Place.LOG + 1)
     def finish(self, engine: Any) -> None:

@@ -1,0 +1,230 @@
+"""What several processes decide together and bring together, through ``torch.distributed``; a single one asks nobody."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = [
+    "Failures",
+    "agreed",
+    "average",
+    "copy_from_first",
+    "everyones",
+    "first_ones",
+    "is_sharded",
+    "is_writer",
+    "local",
+    "pass_together",
+    "rank",
+    "replica",
+    "whole",
+    "world_size",
+]
+
+_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_runs = itertools.count()
+
+
+def world_size() -> int:
+    """How many processes train together; 1 where no process group has been initialised."""
+    return int(idist.get_world_size()) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(idist.get_rank()) if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes files and draws bars: the first."""
+    return rank() == 0
+
+
+# -- decisions, on the host -----------------------------------------------------------------------------------------------
+
+
+def host_group() -> Any:
+    """A group of all processes that speaks from host to host, so that a decision waits for no device."""
+    world = dist.group.WORLD
+    if dist.get_backend() == "gloo":
+        return world
+    if world not in _host_groups:
+        _host_groups[world] = dist.new_group(backend="gloo")
+    return _host_groups[world]
+
+
+def agreed(values: Sequence[int]) -> list[int]:
+    """The largest of every process's number, one by one: what one of them wants, all of them know.
+
+    Every process must call it at the same moment, with as many numbers.
+    """
+    numbers = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=host_group())
+    return [int(number) for number in numbers.tolist()]
+
+
+def everyones(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=host_group())
+    return values
+
+
+def first_ones(value: Any) -> Any:
+    """The value of rank 0."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=host_group())
+    return values[0]
+
+
+def pass_together(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches of unknown number, up to where the first process has no more."""
+    for batch in batches:
+        if agreed([0])[0]:
+            return
+        yield batch
+    agreed([1])
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------------
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: a sharded one's own part, in the same memory."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor: a sharded one's parts brought together, which every process must ask for."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def average(tensors: Iterable[torch.Tensor]) -> None:
+    """Puts the mean over all processes in place of each tensor, in one transfer per kind of tensor."""
+    for group in _alike(tensors):
+        flat = _flattened(group)
+        dist.all_reduce(flat)
+        _unflatten(flat.div_(world_size()), group)
+
+
+def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Puts rank 0's values in place of each tensor, in one transfer per kind of tensor."""
+    for group in _alike(tensors):
+        flat = _flattened(group)
+        dist.broadcast(flat, src=0)
+        _unflatten(flat, group)
+
+
+def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
+
+
+def _flattened(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+# -- models ---------------------------------------------------------------------------------------------------------------
+
+
+def replica(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` that a model is, under ``torch.compile`` too; ``None`` where it is none."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.parallel.DistributedDataParallel) else None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` has been applied to a model or to parts of it."""
+    return bool(shards(module))
+
+
+def shards(module: nn.Module) -> list[Any]:
+    """The outermost parts of a model that ``fully_shard`` has been applied to."""
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:
+        return []
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [part for child in module.children() for part in shards(child)]
+
+
+# -- what became of the others --------------------------------------------------------------------------------------------
+
+LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
+"""What an error says that comes from another process's leaving."""
+PATIENCE = 3.0
+"""For so many seconds a process that has lost another one asks what became of it."""
+
+
+class Failures:
+    """Tells the processes of one run which of them has failed, and why: it is written down before that one leaves."""
+
+    def __init__(self) -> None:
+        self.key = f"camshaft/failure/{next(_runs)}"
+        self.store = _store()
+
+    def leave(self, error: BaseException, where: str) -> BaseException:
+        """What a process raises that leaves a run by an exception; it waits for nobody.
+
+        Args:
+            error: the exception.
+            where: the place in the run.
+
+        Returns:
+            ``error`` itself, which is written down for the others; or, where it came of another process's failure, a
+            ``RuntimeError`` that names that one.
+        """
+        if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
+            self._write(f"rank {rank()} failed {where}: {type(error).__name__}: {error}")
+            return error
+        found = self._read()
+        if found is None:
+            found = "another process has left the run without a word (killed, or out of memory?)"
+        named = RuntimeError(f"{found}; rank {rank()} can't go on without it, {where}")
+        named.__cause__ = error
+        return named
+
+    def _write(self, text: str) -> None:
+        if self.store is not None:
+            try:
+                self.store.compare_set(self.key, "", text)
+            except RuntimeError:  # the store has gone with the process that kept it
+                self.store = None
+
+    def _read(self) -> str | None:
+        until = time.monotonic() + PATIENCE
+        while self.store is not None and time.monotonic() < until:
+            try:
+                if self.store.check([self.key]):
+                    return str(self.store.get(self.key).decode())
+            except RuntimeError:
+                return None
+            time.sleep(0.05)
+        return None
+
+
+def _store() -> Any:
+    """The key-value store through which the processes have found each other."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()

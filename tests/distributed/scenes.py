@@ -1,0 +1,274 @@
+"""What each process of a test does: scenes by name, run under torchrun; each leaves what it found as ``<scene>-<rank>.pt``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from ignite.metrics import Accuracy, Loss
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from camshaft import R1, Events, NonFiniteGuard, create_evaluator, create_gan_trainer, create_trainer
+
+SAMPLES, FEATURES, CLASSES = 84, 6, 3
+SCENES: dict[str, Any] = {}
+
+
+def scene(function: Any) -> Any:
+    SCENES[function.__name__] = function
+    return function
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# -- the task, which one process does on the same global batches ----------------------------------------------------------
+
+
+def dataset() -> TensorDataset:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, FEATURES, generator=source, dtype=torch.float64)
+    return TensorDataset(x, torch.randint(CLASSES, (SAMPLES,), generator=source))
+
+
+def loader(samples: int = 12, shuffle: bool = False) -> DataLoader:
+    """Batches of ``samples`` over all processes together: the same ones however many there are."""
+    if world() == 1:
+        return DataLoader(dataset(), samples, shuffle=shuffle)
+    sampler = DistributedSampler(dataset(), shuffle=shuffle, seed=1)
+    return DataLoader(dataset(), samples // world(), sampler=sampler)
+
+
+def bare() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model) if world() > 1 else model
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def trainer_of(model: nn.Module, **settings: Any) -> Any:
+    loss_fn = None if "compute_loss" in settings else nn.functional.cross_entropy
+    return create_trainer(model, sgd(model), loss_fn, **settings)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    inner = getattr(model, "module", model)
+    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for name, p in inner.named_parameters()}
+
+
+def trained(**settings: Any) -> dict[str, torch.Tensor]:
+    model = wrapped(bare())
+    trainer_of(model, **settings).run(loader(), max_epochs=3)
+    return weights(model)
+
+
+# -- the same numbers as one process --------------------------------------------------------------------------------------
+
+
+@scene
+def one_batch_a_step() -> Any:
+    return trained()
+
+
+@scene
+def accumulation_with_a_ragged_tail() -> Any:
+    return trained(accumulation_steps=4, clip_grad_norm=0.5)
+
+
+@scene
+def accumulation_that_drops() -> Any:
+    return trained(accumulation_steps=4, partial_window="drop")
+
+
+@scene
+def weighed_by_samples() -> Any:
+    """Batches of other sizes on each process."""
+    model = wrapped(bare())
+    x, y = dataset().tensors
+    ends = [0, 7, 9, 20, 26, 27, 40, 44, 60, 71, 75, 80, 84]  # twelve batches
+    pairs = [(x[a:b], y[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    windows = [pairs[0:6], pairs[6:12]] if world() == 1 else [pairs[rank() : 6 : world()], pairs[6 + rank() : 12 : world()]]
+    batches = [batch for window in windows for batch in window]
+    trainer = trainer_of(model, accumulation_steps=6 // world(), loss_weight="samples")
+    trainer.run(batches, max_epochs=3)
+    return weights(model)
+
+
+@scene
+def weighed_by_a_function() -> Any:
+    """Token counts, as a function of the batch gives them."""
+    return trained(accumulation_steps=3, loss_weight=lambda batch: float((batch[1] != 0).sum()), compute_loss=masked)
+
+
+def masked(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y, ignore_index=0)
+
+
+@scene
+def an_epoch_of_unknown_length() -> Any:
+    model = wrapped(bare())
+    trainer = trainer_of(model, accumulation_steps=3)
+    trainer.run(iter_of(list(loader())), max_epochs=3)
+    return weights(model) | {"steps": torch.tensor(trainer.state.optimizer_step)}
+
+
+class iter_of:
+    """Data that can be passed over again and doesn't know its length."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+@scene
+def an_epoch_cut_short() -> Any:
+    model = wrapped(bare())
+    trainer = trainer_of(model, accumulation_steps=4)
+    if rank() == world() - 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), trainer.terminate_epoch)
+    trainer.run(loader(), max_epochs=2)
+    return weights(model) | {"steps": torch.tensor(trainer.state.optimizer_step)}
+
+
+@scene
+def a_gan() -> Any:
+    torch.manual_seed(3)
+    generator, critic = (
+        nn.Linear(2, FEATURES).double(),
+        nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 1)).double(),
+    )
+    networks = [wrapped(generator), wrapped(critic)]
+    share = slice(None) if world() == 1 else slice(rank(), None, world())
+    source = torch.Generator().manual_seed(5)
+
+    def latent(n: int, device: Any) -> torch.Tensor:
+        return torch.randn(n * world(), 2, generator=source, dtype=torch.float64)[share]
+
+    trainer = create_gan_trainer(
+        *networks, *(sgd(n) for n in networks), latent=latent, penalty=R1(5.0), discriminator_steps=2, accumulation_steps=2
+    )
+    trainer.run([x[share] for x, _ in DataLoader(dataset(), 12)], max_epochs=2)
+    return {f"{i}.{name}": p for i, network in enumerate(networks) for name, p in weights(network).items()}
+
+
+# -- how often something travels ------------------------------------------------------------------------------------------
+
+
+@scene
+def reductions() -> Any:
+    """How many gradient reductions there are for how many optimizer steps."""
+    model = wrapped(bare())
+    count = [0]
+
+    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        count[0] += bucket.is_last()
+        return dist.all_reduce(bucket.buffer().div_(world()), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    model.register_comm_hook(None, hook)
+    trainer = trainer_of(model, accumulation_steps=4)
+    trainer.run(loader(), max_epochs=3)
+    return {"reductions": count[0], "steps": trainer.state.optimizer_step}
+
+
+# -- decisions ------------------------------------------------------------------------------------------------------------
+
+
+@scene
+def stopped_by_one() -> Any:
+    model = wrapped(bare())
+    trainer = trainer_of(model)
+    if rank() == world() - 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda e: e.terminate(reason="enough"))
+    state = trainer.run(loader(), max_epochs=3)
+    return {"iteration": state.iteration, "reason": state.stop_reason, **weights(model)}
+
+
+@scene
+def skipped_by_one() -> Any:
+    """A loss that isn't finite on one process, whose gradient is."""
+    model = wrapped(bare())
+    trainer = trainer_of(model)
+    NonFiniteGuard("skip").attach(trainer)
+
+    @trainer.on(Events.ITERATION_STARTED(once=3))
+    def spoil(engine: Any) -> None:
+        if rank() == world() - 1:
+            engine.state.batch[0].fill_(float("nan"))
+
+    state = trainer.run(loader(), max_epochs=1)
+    return {"steps": state.optimizer_step, "skipped": state.skipped_steps, **weights(model)}
+
+
+@scene
+def metrics_of_all() -> Any:
+    model = wrapped(bare())
+    evaluator = create_evaluator(model, metrics={"accuracy": Accuracy(), "loss": Loss(nn.functional.cross_entropy)})
+    x, y = dataset().tensors
+    pairs = [(x[a : a + 7], y[a : a + 7]) for a in range(0, SAMPLES, 7)]  # twelve, and one process has more of them
+    mine = pairs if world() == 1 else (pairs[:7] if rank() == 0 else pairs[7 + rank() - 1 :: world() - 1])
+    return dict(evaluator.run(mine).metrics)
+
+
+# -- FSDP2 ----------------------------------------------------------------------------------------------------------------
+
+
+def sharded() -> nn.Module:
+    model = bare()
+    if world() > 1:
+        for layer in model:
+            if list(layer.parameters()):
+                fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+@scene
+def sharded_accumulation() -> Any:
+    model = sharded()
+    trainer_of(model, accumulation_steps=4, clip_grad_norm=0.5).run(loader(), max_epochs=3)
+    return weights(model)
+
+
+@scene
+def sharded_weighed_by_samples() -> Any:
+    model = sharded()
+    trainer = trainer_of(model, accumulation_steps=4, loss_weight="samples")
+    NonFiniteGuard().attach(trainer)
+    trainer.run(iter_of(list(loader())), max_epochs=3)
+    return weights(model)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        idist.initialize("gloo")
+    for name in sys.argv[2:]:
+        torch.manual_seed(rank())
+        torch.save(SCENES[name](), out / f"{name}-{rank()}.pt")
+    if "RANK" in os.environ:
+        idist.finalize()
+
+
+if __name__ == "__main__":
+    main()
