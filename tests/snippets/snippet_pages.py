@@ -21,13 +21,14 @@ PART = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 class Block(NamedTuple):
     """Code of a page, and what the page says that it prints."""
 
+    language: str
     line: int
     code: str
     printed: str
 
 
 class Half(NamedTuple):
-    """The code that comes before an entry, and the entry's own."""
+    """The code that comes before half an entry, and its own."""
 
     page: str
     setup: tuple[Block, ...]
@@ -45,11 +46,14 @@ class Entry(NamedTuple):
 
 
 def blocks_of(text, line):
-    """The blocks of Python in a part of a page that begins at ``line``, each with the output that follows it."""
+    """The code in a part of a page that begins at ``line``, each block with the output that follows it.
+
+    A page runs its ``python`` blocks; a ``py`` block needs another library, and only a test that has it runs it.
+    """
     found = []
     for part in PART.finditer(text):
-        if part[1] == "python":
-            found.append(Block(line + text.count("\n", 0, part.start(2)), part[2], ""))
+        if part[1] in ("python", "py"):
+            found.append(Block(part[1], line + text.count("\n", 0, part.start(2)), part[2], ""))
         elif part[1] == "text":
             found[-1] = found[-1]._replace(printed=found[-1].printed + part[2])
     return tuple(found)
@@ -69,30 +73,41 @@ def entries_of(path):
         yield Entry(path.name, title, text[start:end], *(Half(path.name, setup + shared, half) for half in halves))
 
 
+def pages():
+    """The pages with entries."""
+    return [path for path in sorted(FOLDER.glob("*.md")) if path.stem != "index"]
+
+
 @cache
 def entries():
     """Every entry of every page, by its title."""
-    found = [entry for path in sorted(FOLDER.glob("*.md")) if path.stem != "index" for entry in entries_of(path)]
+    found = [entry for path in pages() for entry in entries_of(path)]
     assert len({entry.title for entry in found}) == len(found), "two entries have one title"
     return {entry.title: entry for entry in found}
 
 
-def run(half):
-    """Runs half an entry as the page would: what comes before it, then its blocks.
+def run(half, languages=("python",)):
+    """Runs half an entry as the page would, in a folder of its own: what comes before it, then its blocks.
 
     Returns:
-        The names that it leaves behind, and what each of its blocks has printed.
+        The names that it leaves behind, and what each of its blocks has printed, by block.
     """
     names = {"__name__": "__main__"}
-    printed = []
+    printed = {}
     with tempfile.TemporaryDirectory() as folder, inside(folder):
         for block in half.setup + half.blocks:
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                code = "\n" * block.line + block.code  # so that an error names the line of the page
-                exec(compile(code, FOLDER / half.page, "exec"), names)
-            printed.append(out.getvalue())
-    return names, printed[len(half.setup) :]
+            if block.language in languages:
+                printed[block] = output_of(block, half.page, names)
+    return names, {block: text for block, text in printed.items() if block in half.blocks}
+
+
+def output_of(block, page, names):
+    """Runs a block and returns what it has printed."""
+    out = io.StringIO()
+    code = "\n" * block.line + block.code  # so that an error names the line of the page
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, FOLDER / page, "exec"), names)
+    return out.getvalue()
 
 
 @contextlib.contextmanager
@@ -106,14 +121,10 @@ def inside(folder):
         os.chdir(before)
 
 
-_results = {}
-
-
-def result(title, which):
+@cache
+def result(title, which, languages=("python",)):
     """What :func:`run` gives for one half of the entry with this title, run once in a process."""
-    if (title, which) not in _results:
-        _results[title, which] = run(getattr(entries()[title], which))
-    return _results[title, which]
+    return run(getattr(entries()[title], which), languages)
 
 
 class Names:
@@ -128,6 +139,11 @@ def copied(title):
     return Names(result(title, "copied")[0])
 
 
+def copied_from_a_peer(title):
+    """The same for code that needs another library, which must be there."""
+    return Names(result(title, "copied", ("python", "py"))[0])
+
+
 def instead(title):
     """What the half that replaces it leaves behind."""
     return Names(result(title, "instead")[0])
@@ -135,4 +151,4 @@ def instead(title):
 
 def printed(title, which):
     """What one half of the entry with this title prints."""
-    return "".join(result(title, which)[1])
+    return "".join(result(title, which)[1].values())
