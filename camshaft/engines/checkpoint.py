@@ -48,6 +48,7 @@ def content_of(trainer: Trainer) -> dict[str, Any]:
             "epoch_iteration": trainer.epoch_iteration,
             "epoch_is_open": state.epoch_is_open,
             "length_is_learned": trainer.length_is_learned,
+            "stop_reason": state.stop_reason,
         },
         "phases": {name: phase.state_dict() for name, phase in trainer.phases.items()},
         "metrics": {name: value for name, value in state.metrics.items() if isinstance(value, (int, float, torch.Tensor))},

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from camshaft.batches import length
+from camshaft.board import CYCLE, ENDED, finished, layout
 from camshaft.distributed import is_writer, local, world_size
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
 
@@ -94,6 +95,7 @@ class TensorBoard(Handler):
         self._batches = self._samples = 0
         self._since = self._seconds = 0.0
         self._version = 0
+        self._is_laid_out = False
         self._points: list[Point] = []
         self._held = 0
 
@@ -130,7 +132,8 @@ class TensorBoard(Handler):
             return
         purge_step = state.optimizer_step + 1 if resumed else None
         self.writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=FLUSH_SECONDS)
-        self.writer.add_text("cycle", "```\n" + engine.explain() + "\n```", state.optimizer_step)
+        self._is_laid_out = False
+        self.writer.add_text(CYCLE, "```\n" + engine.explain() + "\n```", state.optimizer_step)
 
     @on(Events.EPOCH_STARTED)
     def start_clock(self, engine: Any) -> None:
@@ -227,12 +230,20 @@ class TensorBoard(Handler):
         if self.writer is None:
             return
         self._hand_over()
-        self._write(as_numbers(state.metrics), state.optimizer_step)
+        numbers = as_numbers(state.metrics)
+        self._write(numbers, state.optimizer_step)
+        self._lay_out(engine, numbers)
         for tag, image in images.items():
             add = self.writer.add_images if image.dim() == 4 else self.writer.add_image
             add(tag, image, state.optimizer_step)
         if self.histograms:
             self._write_histograms(engine)
+
+    def _lay_out(self, engine: Any, metrics: Iterable[str]) -> None:
+        """Says once in a run which curves belong together, when the names of the metrics are known."""
+        if not self._is_laid_out:
+            self.writer.add_custom_scalars(layout(metrics, gradient_norm=engine.state.grad_norm is not None))
+            self._is_laid_out = True
 
     def _write_histograms(self, engine: Any) -> None:
         step = engine.state.optimizer_step
@@ -245,9 +256,11 @@ class TensorBoard(Handler):
 
     @on(Events.COMPLETED, place=Place.LOG + 1)
     def finish(self, engine: Any) -> None:
-        """Writes the hyper-parameters beside the final metrics, and closes the file."""
+        """Writes why the run ended, and the hyper-parameters beside the final metrics, and closes the file."""
         if self.writer is None:
             return
+        self._lay_out(engine, engine.state.metrics)
+        self._write_ending(engine)
         if self.hparams:
             from torch.utils.tensorboard.summary import hparams
 
@@ -260,11 +273,20 @@ class TensorBoard(Handler):
         """Whatever ends the run, what has been noted is on the disk."""
         if self.writer is not None:
             self._hand_over()
+            if engine.should_terminate == "skip_completed":  # this is the last that is heard of it
+                self._write_ending(engine)
             self.writer.flush()
+
+    def _write_ending(self, engine: Any, error: BaseException | None = None) -> None:
+        state = engine.state
+        reason = state.stop_reason or finished(state.epoch, state.iteration, state.max_iters)
+        self.writer.add_text(ENDED, reason if error is None else f"{type(error).__name__}: {error}", state.optimizer_step)
 
     @on(Events.EXCEPTION_RAISED)
     def give_up(self, engine: Any, error: BaseException) -> None:
-        """Closes the file; a further run opens another."""
+        """Writes the exception, and closes the file; a further run opens another."""
+        if self.writer is not None:
+            self._write_ending(engine, error)
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
