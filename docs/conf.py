@@ -17,6 +17,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"camshaft {version}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["guide.css"]
 
 myst_heading_anchors = 3  # links to headings are the same here and on a forge that renders the Markdown itself
 
@@ -50,6 +52,13 @@ def leave_out_what_is_to_come(app, page, source):
         source[0] = "\n".join(compress(lines, there))
 
 
+def take_sentences_for_sentences(app, what, name, thing, options, lines):
+    """Napoleon reads `kind: text` in the docstring of an attribute; ours are sentences, and may have a colon."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+
+
 def setup(app):
     app.connect("source-read", link_out_of_the_guide)
     app.connect("source-read", leave_out_what_is_to_come)
+    app.connect("autodoc-process-docstring", take_sentences_for_sentences, priority=400)  # before Napoleon
