@@ -1,0 +1,78 @@
+"""Every entry of docs/from-your-loop: in the overview, with both halves, printing what the page says, and tested."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from snippet_pages import FOLDER, entries, pages, result
+
+TESTS = sorted(Path(__file__).parent.glob("test_snippets_*.py"))
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)")
+
+
+def anchor(title):
+    """What a heading is called in a link, as GitHub and MyST make it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def overview():
+    """The links of the overview, in order."""
+    return re.findall(r"\]\(([\w-]+\.md#[^)]+)\)", (FOLDER / "index.md").read_text())
+
+
+def titles_given_to(function):
+    """The entries for which a test calls one of these functions, by the constants that they are called with."""
+    found = set()
+    for tree in (ast.parse(path.read_text()) for path in TESTS):
+        constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        }
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            if call.func.id in function and isinstance(call.args[0], ast.Name):
+                found.add(constants[call.args[0].id])
+    return found
+
+
+def test_the_overview_leads_to_every_entry():
+    assert sorted(overview()) == sorted(f"{entry.page}#{anchor(title)}" for title, entry in entries().items())
+
+
+def test_the_contents_name_every_page():
+    contents = (FOLDER / "index.md").read_text().partition("```{toctree}")[2]
+    assert {path.stem for path in pages()} <= set(contents.split())
+
+
+def test_the_failure_of_every_entry_is_a_test():
+    assert titles_given_to({"copied", "copied_from_a_peer"}) == set(entries())
+
+
+def test_the_replacement_of_every_entry_is_a_test():
+    assert titles_given_to({"instead"}) == set(entries())
+
+
+def test_the_pages_are_read():
+    assert len(pages()) >= 8
+    assert len(entries()) >= 40
+
+
+@pytest.mark.parametrize("which", ["copied", "instead"])
+@pytest.mark.parametrize("title", entries())
+def test_an_entry_prints_what_the_page_says(title, which):
+    for block, printed in result(title, which)[1].items():
+        assert NUMBER.sub("#", printed) == NUMBER.sub("#", block.printed)
+        assert numbers(printed) == pytest.approx(numbers(block.printed), rel=0.05)  # another version may round otherwise
+
+
+def numbers(text):
+    return [float(number) for number in NUMBER.findall(text)]
+
+
+@pytest.mark.parametrize("title", entries())
+def test_an_entry_shows_both_halves_and_what_goes_wrong(title):
+    entry = entries()[title]
+    assert entry.copied.blocks
+    assert any(block.printed for block in entry.copied.blocks)
+    assert any(block.printed for block in entry.instead.blocks)
