@@ -271,11 +271,13 @@ class TensorBoard(Handler):
     @on(Events.TERMINATE | Events.INTERRUPT)
     def flush(self, engine: Any) -> None:
         """Whatever ends the run, what has been noted is on the disk."""
-        if self.writer is not None:
-            self._hand_over()
-            if engine.should_terminate == "skip_completed":  # this is the last that is heard of it
-                self._write_ending(engine)
-            self.writer.flush()
+        if self.writer is None:
+            return
+        self._hand_over()
+        self.writer.flush()
+        if engine.should_terminate == "skip_completed":  # nothing is to come
+            self._write_ending(engine)
+            self.close()
 
     def _write_ending(self, engine: Any, error: BaseException | None = None) -> None:
         state = engine.state

@@ -128,6 +128,15 @@ def test_the_reason_of_terminate_is_the_reason(board, tmp_path):
     assert read_run(tmp_path).ending.reason == "enough"
 
 
+def test_a_run_that_leaves_out_its_last_event_has_a_reason_too(tmp_path):
+    trainer = trainer_of()
+    TensorBoard(tmp_path).attach(trainer)
+    end = Events.ITERATION_COMPLETED(once=2)
+    trainer.add_event_handler(end, lambda: trainer.terminate(skip_completed=True, reason="enough"))
+    trainer.run(batches(3))
+    assert read_run(tmp_path).ending.reason == "enough"
+
+
 def test_an_exception_is_the_reason(tmp_path):
     with pytest.raises(ValueError, match="broken"):
         train(tmp_path, fail_at=5)
