@@ -52,7 +52,7 @@ def test_freeze_holds_the_weights_still():
 
 def test_strict_false_loads_nothing():
     page = copied(FINE_TUNE)
-    assert not torch.equal(page.model[0][0].weight, page.pretrained.module[0][0].weight)
+    assert not torch.equal(page.model[0][0].weight, page.weight)
 
 
 def test_the_encoder_is_frozen_until_its_epoch():
