@@ -28,6 +28,14 @@ def test_evaluating_by_hand_changes_the_weights_and_wakes_what_was_frozen():
     assert (with_it[1].training, without[1].training) == (True, False)
 
 
+def test_a_pass_over_a_loader_draws_from_the_random_generator():
+    page = copied(EVERY_N)
+    model, _ = page.make_model()
+    before = torch.get_rng_state()
+    page.accuracy_of(model.eval())
+    assert not torch.equal(before, torch.get_rng_state())
+
+
 def test_an_evaluation_changes_neither_weights_nor_modes():
     page = instead(EVERY_N)
     with_it, without = page.train(True), page.train(False)
