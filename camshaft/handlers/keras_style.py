@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from camshaft.batches import length
+from camshaft.distributed import world_size
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on, pack, stop
 from camshaft.modules import unwrap
 
@@ -52,6 +54,7 @@ class KerasStyle(Handler):
     In the logs of a batch are ``loss`` and what ``compute_loss`` names beside it; they are fetched from the device when the
     callback reads them, and not before. In those of an epoch, and of the end of the run, are their means over the epoch's
     samples and the metrics that were written in this epoch, ``val/accuracy`` as ``val_accuracy``. The other logs are empty.
+    With several processes each has the callback, the means are over all of them, and what one of them stops ends for all.
 
     ``set_params`` gets ``epochs``, ``steps`` (batches per epoch) and ``verbose``. ``set_model`` gets an object with
     ``network``, ``optimizer``, ``device`` and ``metrics_names``, which is the network in everything else, and whose
@@ -190,7 +193,7 @@ class KerasStyle(Handler):
         logs: dict[str, Any] = {}
         if self.style == "poutyne":
             logs = {"epoch": self._epoch(engine), "time": time.perf_counter() - self._epoch_began}
-        logs |= {name: float(total) / self.samples for name, total in self.totals.items()}
+        logs |= means(self.totals, self.samples)
         metrics = engine.state.metrics
         fresh = {name: value for name, value in metrics.items() if metrics.writes[name] > self._writes.get(name, 0)}
         logs |= {name.replace("/", "_"): float(value) for name, value in fresh.items() if is_number(value)}
@@ -301,6 +304,18 @@ def losses_of(engine: Any) -> dict[str, Any]:
     state = engine.state
     named = {name: value for name, value in state.losses.items() if is_number(value)}
     return {"loss": state.loss} | named if len(engine.phases) == 1 else named
+
+
+def means(totals: Mapping[str, Any], samples: int) -> dict[str, float]:
+    """Sums over samples as means, over the samples of all processes where there are several."""
+    if world_size() == 1 or not totals:
+        return {name: float(total) / samples for name, total in totals.items()}
+    device = next((total.device for total in totals.values() if isinstance(total, torch.Tensor)), None)
+    parts = [torch.as_tensor(part).to(device, torch.float64).reshape(()) for part in (*totals.values(), samples)]
+    together = torch.stack(parts)
+    dist.all_reduce(together)
+    *sums, samples = together.tolist()
+    return {name: total / samples for name, total in zip(totals, sums, strict=True)}
 
 
 def is_number(value: Any) -> bool:

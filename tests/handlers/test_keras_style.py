@@ -236,6 +236,44 @@ def test_a_callback_without_a_batchs_end_costs_nothing_there():
     assert not trainer.heard.iteration_started
 
 
+TWO = """
+import torch, toys
+import torch.distributed as dist
+from camshaft import KerasStyle
+
+class Stopper:
+    def set_model(self, model):
+        self.model = model
+
+    def on_epoch_end(self, epoch, logs):
+        means.append(logs["loss"])
+        self.model.stop_training = dist.get_rank() == 1 and epoch == 1  # one of them alone wants to
+
+means = []
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(toys.linear())
+trainer = toys.trainer_of(model, toys.sgd(model, lr=0.0))
+KerasStyle(Stopper()).attach(trainer)
+first, second = toys.batches(2)
+trainer.run([first] if dist.get_rank() == 0 else [(second[0][:2], second[1][:2])], max_epochs=5)
+torch.save({"means": means, "epochs": trainer.state.epoch}, f"{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_one_mean_and_end_together(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    environment = os.environ | {"PYTHONPATH": str(Path(toys.__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "two.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (x, y), (x2, y2) = batches(2)
+    squares = (linear()(torch.cat([x, x2[:2]])) - torch.cat([y, y2[:2]])).square().mean(1)
+    mean = pytest.approx(squares.mean().item(), rel=1e-6)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert found == [{"means": [mean, mean], "epochs": 2}] * 2
+
+
 # -- model, parameters and the end ------------------------------------------------------------------------------------
 
 
