@@ -10,7 +10,7 @@ from ignite.engine import Events
 from runs_on_disk import SCORES, flip, train, truncate
 from toys import batches, linear, sgd, trainer_of
 
-from camshaft import CheckpointRotation, LRHistory, TensorBoard
+from camshaft import CheckpointRotation, LRHistory, TensorBoard, create_gan_trainer
 from camshaft.cli.run import read_run
 
 RATES = [0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025]
@@ -235,3 +235,33 @@ def test_what_is_not_finite_is_null_in_json(tmp_path):
     run = read_run(tmp_path)
     assert math.isnan(run.metrics["train/loss"][0].value)
     assert run.as_json()["metrics"]["train/loss"] == [[1, None]]
+
+
+# -- several networks -------------------------------------------------------------------------------------------------
+
+
+def gan(folder, **handlers):
+    generator, critic = torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)
+    trainer = create_gan_trainer(generator, critic, sgd(generator, 0.1), sgd(critic, 0.2), latent=4, discriminator_steps=2)
+    for handler in handlers.values():
+        handler.attach(trainer)
+    CheckpointRotation(folder / "checkpoints").attach(trainer)
+    trainer.run([torch.randn(4, 3)] * 4)
+
+
+def test_each_network_has_a_rate_of_its_own(tmp_path):
+    gan(tmp_path, history=LRHistory())
+    rates = read_run(tmp_path).learning_rates
+    assert rates == {"discriminator/lr": [(step, 0.2) for step in (1, 2, 3, 4)], "generator/lr": [(1, 0.1), (2, 0.1)]}
+
+
+def test_without_a_history_each_network_has_the_rate_of_its_next_step(tmp_path):
+    gan(tmp_path)
+    assert read_run(tmp_path).learning_rates == {"discriminator/lr": [(5, 0.2)], "generator/lr": [(3, 0.1)]}
+
+
+def test_the_losses_of_both_networks_are_curves(tmp_path):
+    gan(tmp_path, board=TensorBoard(tmp_path, every=1))
+    run = read_run(tmp_path)
+    assert {"train/discriminator_loss", "train/generator_loss"} <= set(run.metrics)
+    assert set(run.learning_rates) == {"train/discriminator/lr", "train/generator/lr"}
