@@ -1,6 +1,7 @@
 """How the guide is built: `make docs`, into docs/_build/html."""
 
 import re
+import sys
 from itertools import compress
 from pathlib import Path
 
@@ -34,8 +35,11 @@ copybutton_prompt_is_regexp = True
 # What types in signatures name: others' classes, and ours that are not public. A name in a text that leads nowhere is an error.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|ignite|collections|contextlib|os|pathlib|nn|array)(\..*)?"),
-    (r"py:class", r"camshaft(\.[a-z]\w*)+\.\w+|Engine"),
+    (r"py:class", r"camshaft(\.[a-z]\w*)+\.\w+"),
 ]
+ours = [vars(module) for name, module in sys.modules.items() if name.startswith("camshaft.")]
+classes = {name for names in ours for name, thing in names.items() if isinstance(thing, type)}
+nitpick_ignore = [("py:class", name) for name in sorted(classes - set(camshaft.__all__))]
 
 
 def link_out_of_the_guide(app, page, source):
