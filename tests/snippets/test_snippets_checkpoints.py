@@ -51,9 +51,11 @@ def test_a_whole_model_runs_code_and_needs_its_source():
     assert "this line was run by torch.load\nNo module named 'models'\n" in printed(WHOLE_MODEL, "copied")
 
 
-def test_weights_load_into_another_model_of_the_same_shape():
+def test_weights_load_from_a_file_of_weights_and_from_a_checkpoint():
     page = instead(WHOLE_MODEL)
     assert same(page.model, page.fresh)
+    assert not same(page.model, page.make_run()[0])
+    assert printed(WHOLE_MODEL, "instead") == "the same weights: True\n" * 2
 
 
 def test_a_file_that_holds_code_is_refused(tmp_path):
