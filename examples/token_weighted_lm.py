@@ -1,6 +1,6 @@
 """A small language model that learns to write like Python's own reference, character by character.
 
-    python examples/token_weighted_lm.py      # half a minute on a CPU; --quick for a shorter run
+    python examples/token_weighted_lm.py      # two minutes on a CPU; --quick for a shorter run
 
 Sentences have many lengths, so batches have many numbers of characters, and a mean of batch means isn't the mean over
 characters. `loss_weight=count_tokens` weighs each batch by its characters; the script shows first that the step is then the one

@@ -15,7 +15,15 @@ import torch
 import toys
 from toys import batches, linear, model_of, same, scripted, sgd, trainer_of, weights
 
-from camshaft import CheckpointRotation, Evaluation, Events, ExponentialMovingAverage, KerasStyle, create_trainer
+from camshaft import (
+    CheckpointRotation,
+    Evaluation,
+    Events,
+    ExponentialMovingAverage,
+    KerasStyle,
+    create_gan_trainer,
+    create_trainer,
+)
 from camshaft.handlers.keras_style import METHODS
 
 
@@ -168,6 +176,25 @@ def test_named_losses_are_there_by_name():
     for name in ("on_train_batch_end", "on_epoch_end"):
         logs = recorder.named(name)[-1][1]
         assert logs["twice"] == pytest.approx(2 * logs["loss"])
+
+
+def test_a_gans_losses_are_there_by_name():
+    generator, critic = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+    trainer, recorder = create_gan_trainer(generator, critic, sgd(generator), sgd(critic), latent=2), Recorder()
+    KerasStyle(recorder).attach(trainer)
+    trainer.run([x for x, _ in batches(3)])
+    assert recorder.model.network is generator
+    for name in ("on_train_batch_end", "on_epoch_end"):
+        assert {"discriminator_loss", "generator_loss"} <= set(recorder.named(name)[-1][1]) <= set(trainer.state.losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_sum_of_a_half_precisions_losses_is_kept_in_full_precision(dtype):
+    values = [60_000.0, 60_000.0, 7.0]
+    losses = iter(values)
+    trainer = trainer_of(loss_fn=lambda y_pred, y: (y_pred.square().mean() * 0 + next(losses)).to(dtype))
+    logs = recorded(trainer, data=3).named("on_epoch_end")[0][1]
+    assert logs["loss"] == pytest.approx(torch.tensor(values).to(dtype).float().mean().item())
 
 
 def test_metrics_are_named_as_keras_names_them_and_only_where_they_are_new():
