@@ -16,18 +16,20 @@ from camshaft.cli.run import Checkpoint, Run
 __all__ = ["bytes_as_text", "print_integrity", "print_run", "sparkline"]
 
 BARS = "▁▂▃▄▅▆▇█"
+WIDE = 110
+"""From so many columns on there is room for the curves."""
 
 
 def print_run(run: Run, console: Console) -> None:
     """Prints what a run has left behind: checkpoints, metrics, learning rates, and why it stopped."""
-    drawn = console.encoding.startswith("utf")
-    console.print(Text(str(run.path), style="bold"))
+    drawn = console.encoding.startswith("utf") and console.width >= WIDE
+    console.print(Text(str(run.path), style="bold"), soft_wrap=True)
     console.print(checkpoint_table(run.checkpoints) if run.checkpoints else Text("no checkpoints"), "")
     for title, curves in (("metrics", run.metrics), ("learning rates", run.learning_rates)):
         console.print(curve_table(title, curves, drawn=drawn) if curves else Text(f"no {title}"), "")
     for warning in run.warnings:
-        console.print(Text.assemble(("bad: ", "bold red"), warning))
-    console.print(Text.assemble(("why it stopped: ", "bold"), run.ending.reason))
+        console.print(Text.assemble(("bad: ", "bold red"), warning), soft_wrap=True)
+    console.print(Text.assemble(("why it stopped: ", "bold"), run.ending.reason), soft_wrap=True)
 
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
@@ -37,7 +39,7 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
         table.add_row(
             Text(one.file),
             *(str(one.optimizer_step), str(one.epoch), str(one.iteration)),
-            "" if one.score is None else f"{one.score:.6g}",
+            "" if one.score is None else f"{one.score:.5g}",
             one.time.replace("T", " ").removesuffix("+00:00"),
             Text("isn't there", style="red") if one.size is None else bytes_as_text(one.size),
         )
@@ -54,7 +56,7 @@ def curve_table(title: str, curves: Curves, *, drawn: bool) -> Table:
         chosen = [curve[-1]]
         if finite:
             chosen += [min(finite, key=lambda point: point.value), max(finite, key=lambda point: point.value)]
-        cells = [cell for point in chosen for cell in (f"{point.value:.6g}", str(point.step))]
+        cells = [cell for point in chosen for cell in (f"{point.value:.5g}", str(point.step))]
         table.add_row(Text(name), str(len(curve)), *cells, *[""] * (6 - len(cells)), *([sparkline(curve)] if drawn else []))
     return table
 
@@ -80,7 +82,7 @@ def new_table(title: str, *columns: str) -> Table:
     words = {"file", "name", "", "what", "written", "curve"}
     table = Table(title=Text(title, style="bold"), title_justify="left", header_style="dim", show_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in words else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in words else "right", overflow="fold", no_wrap=column == "file")
     return table
 
 
