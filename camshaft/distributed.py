@@ -27,6 +27,7 @@ __all__ = [
     "pass_together",
     "rank",
     "replica",
+    "split_like",
     "whole",
     "world_size",
 ]
@@ -109,6 +110,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor: a sharded one's parts brought together, which every process must ask for."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+def split_like(tensor: Any, reference: Any) -> Any:
+    """A whole tensor as this process holds it where ``reference`` is sharded; anything else as it is."""
+    if not hasattr(reference, "placements") or not isinstance(tensor, torch.Tensor) or hasattr(tensor, "placements"):
+        return tensor
+    if tensor.shape != reference.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
 
 
 def average(tensors: Iterable[torch.Tensor]) -> None:

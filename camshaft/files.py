@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import struct
 import tempfile
 import zipfile
@@ -15,13 +16,17 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-__all__ = ["BadFile", "clear_litter", "load_checked", "save_durably", "write_durably"]
+__all__ = ["MANIFEST", "BadFile", "clear_litter", "load_checked", "remove", "save_durably", "sync_folder", "write_durably"]
 
 LITTER = ".camshaft-"
 """What the names of temporary files begin with."""
 
 SEAL = b"camshaft crc32 "
 """What a sealed file's zip comment begins with; eight hexadecimal digits follow."""
+
+
+MANIFEST = "checkpoint.pt"
+"""Of a checkpoint that is a folder, the file that lists the others."""
 
 
 class BadFile(RuntimeError):
@@ -184,7 +189,18 @@ def _check_seal(path: Path, comment: bytes) -> None:
 
 
 def clear_litter(folder: Path) -> None:
-    """Removes the temporary files that killed saves have left in a folder."""
+    """Removes the temporary files and folders that killed saves have left in a folder."""
     for path in folder.glob(f"{LITTER}*.tmp"):
         with suppress(OSError):
-            path.unlink()
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file that may be gone already, or a folder, which first gets a name that tells that it isn't whole."""
+    if path.is_dir():
+        litter = path if path.name.startswith(LITTER) else path.parent / f"{LITTER}{path.name}.old.tmp"
+        if litter != path:
+            os.replace(path, litter)
+        shutil.rmtree(litter)
+    else:
+        path.unlink(missing_ok=True)

@@ -14,19 +14,19 @@ from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
 
-from camshaft.files import BadFile, load_checked, write_durably
+from camshaft.files import MANIFEST, BadFile, load_checked, write_durably
 
 __all__ = ["Entry", "Index", "file_name", "kept", "read_index", "step_of"]
 
 logger = logging.getLogger("camshaft")
 
 INDEX = "checkpoints.json"
-NAME = re.compile(r"step-(\d{8,})\.pt")
+NAME = re.compile(r"step-(\d{8,})(\.pt)?")
 
 
-def file_name(step: int) -> str:
-    """The name of the checkpoint of an optimizer step."""
-    return f"step-{step:08d}.pt"
+def file_name(step: int, sharded: bool = False) -> str:
+    """The name of the checkpoint of an optimizer step: a file, or a folder where every process writes its part."""
+    return f"step-{step:08d}" + ("" if sharded else ".pt")
 
 
 def step_of(name: str) -> int | None:
@@ -118,7 +118,7 @@ class Index:
         for marked in self._unlisted():
             if marked.identity == self.identity:
                 self._insert(marked.entry)
-        if not any((self.folder / entry.file).is_file() for entry in self.entries):
+        if not any((self.folder / entry.file).exists() for entry in self.entries):
             self.entries = []  # somebody has cleared the folder; one that is missing beside others must be named
         return None
 
@@ -134,10 +134,10 @@ class Index:
         """The good checkpoints that the index lacks, because of a kill between two writes, in the order of writing."""
         listed = {entry.file for entry in self.entries}
         found = []
-        for path in self.folder.glob("step-*.pt"):
+        for path in self.folder.glob("step-*"):
             if path.name not in listed and step_of(path.name) is not None:
                 with suppress(BadFile, KeyError, TypeError):
-                    mark = load_checked(path)["rotation"]
+                    mark = load_checked(path / MANIFEST if path.is_dir() else path)["rotation"]
                     marked = _Marked(mark["identity"], Entry(**mark["entry"]))
                     if marked.entry.file == path.name:  # a copy under another name is the user's
                         found.append(marked)
@@ -157,13 +157,13 @@ class Index:
     def add(self, entry: Entry) -> None:
         """Puts a checkpoint that has been written last; one of the same name gives way, and those that are gone go."""
         others = [other for other in self.entries if other.file != entry.file]
-        self.entries = [other for other in others if (self.folder / other.file).is_file()] + [entry]
+        self.entries = [other for other in others if (self.folder / other.file).exists()] + [entry]
 
     def newest_first(self) -> list[Path]:
         """Every checkpoint in the folder, listed or not, newest first."""
         listed = [self.folder / entry.file for entry in self.entries]
         newest_step = max((entry.optimizer_step for entry in self.entries), default=-1)
-        others = [path for path in self.folder.glob("step-*.pt") if step_of(path.name) is not None and path not in listed]
+        others = [path for path in self.folder.glob("step-*") if step_of(path.name) is not None and path not in listed]
         others.sort(key=lambda path: step_of(path.name) or 0)
         newer = [path for path in others if (step_of(path.name) or 0) > newest_step]
         older = [path for path in others if path not in newer]

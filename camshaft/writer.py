@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from camshaft.batches import map_tensors, tensors
-from camshaft.files import save_durably
+from camshaft.files import remove, save_durably
 from camshaft.rotation import Entry, Index
 
 __all__ = ["CheckpointWriter"]
@@ -33,10 +33,17 @@ class CheckpointWriter:
         index: the folder's index.
         choose: which of the index's entries are kept.
         background: writes behind training.
+        save: writes the content to a path; by default as a file.
     """
 
-    def __init__(self, index: Index, choose: Callable[[list[Entry]], list[Entry]], background: bool = False) -> None:
-        self.index, self.choose, self.background = index, choose, background
+    def __init__(
+        self,
+        index: Index,
+        choose: Callable[[list[Entry]], list[Entry]],
+        background: bool = False,
+        save: Callable[[dict[str, Any], Path], Any] | None = None,
+    ) -> None:
+        self.index, self.choose, self.background, self.save = index, choose, background, save
         self.longest = 0.0
         """How many seconds the longest save has taken, from the request to the last deletion."""
         self._failures = 0
@@ -90,7 +97,7 @@ class CheckpointWriter:
         try:
             if not index.path.exists():
                 index.write()
-            save_durably(content, index.folder / entry.file)
+            (self.save or save_durably)(content, index.folder / entry.file)
             index.add(entry)
             self._rotate()
         except OSError as error:
@@ -112,7 +119,7 @@ class CheckpointWriter:
 
     def _is_deleted(self, entry: Entry) -> bool:
         try:
-            (self.index.folder / entry.file).unlink(missing_ok=True)
+            remove(self.index.folder / entry.file)
         except OSError as error:
             logger.warning("%s can't be deleted (%s); it is tried again with the next checkpoint", entry.file, error)
             return False

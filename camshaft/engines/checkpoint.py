@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from camshaft.batches import map_tensors
-from camshaft.distributed import everyones, rank, world_size
+from camshaft.distributed import everyones, is_sharded, rank, whole, world_size
 from camshaft.engines.data import length_of
 from camshaft.engines.epoch_metrics import metric_states
 from camshaft.events import pack
@@ -27,8 +27,12 @@ FORMAT = 1
 """The version of what a checkpoint holds."""
 
 
-def content_of(trainer: Trainer) -> dict[str, Any]:
+def content_of(trainer: Trainer, sharded: bool = False) -> dict[str, Any]:
     """What :meth:`Trainer.checkpoint` gives.
+
+    Args:
+        trainer: the trainer.
+        sharded: leaves tensors that are split over the processes as they are; otherwise they are brought together.
 
     Returns:
         A dict that ``torch.load(weights_only=True)`` can read back; :meth:`restore` takes it. Its tensors are the live ones.
@@ -65,6 +69,8 @@ def content_of(trainer: Trainer) -> dict[str, Any]:
         content["ranks"] = every_ranks(trainer, own)
     content |= own
     packed: dict[str, Any] = pack(content, "the checkpoint")
+    if not sharded and any(is_sharded(phase.module) for phase in trainer.phases.values()):
+        packed = map_tensors(whole, packed)
     return packed
 
 
@@ -130,18 +136,13 @@ def redealt(content: dict[str, Any], before: int, now: int) -> dict[str, Any]:
         "the place in the data is that of as many samples, and random numbers are others from here on",
         stacklevel=5,
     )
-    clocks, data = dict(content["clocks"]), dict(content["data"])
-    clocks["epoch_iteration"] = clocks["epoch_iteration"] * before // now
-    data["length"] = None
-    if "taken" in data:
-        data["taken"] = data["taken"] * before // now
     phases = {name: {key: part for key, part in phase.items() if key != "window"} for name, phase in content["phases"].items()}
     if rank() >= before:  # two processes must not draw the same numbers
         with kept_rng():
             restore_rng(content["rng"])
             reseed(int(torch.randint(2**31, ()).item()) + rank())
             content = {**content, "rng": rng_state()}
-    return {**content, "clocks": clocks, "data": data, "phases": phases, "is_redealt": True}
+    return {**content, "data": dict(content["data"]), "phases": phases, "processes": (before, now)}
 
 
 def batch_to_follow(trainer: Trainer) -> Any:
@@ -178,13 +179,18 @@ def pass_is_spent(trainer: Trainer) -> bool:
 
 
 def recount(trainer: Trainer, restored: Mapping[str, Any], data: Any) -> None:
-    """The first clock, where epochs have another number of batches now."""
-    state, length = trainer.state, length_of(data)
-    if length is not None and state.epoch_length is not None:
-        whole_epochs = state.epoch - state.epoch_is_open
-        state.epoch_length, state.iteration = length, whole_epochs * length
-        if state.epoch_is_open:
-            state.iteration += restored["clocks"]["epoch_iteration"]
+    """The place in the data and the first clock, where other processes share an epoch's batches in another way."""
+    (before, now), state, place = restored["processes"], trainer.state, restored["data"]
+    old, new = place["length"], length_of(data)
+    ratio = (new, old) if old and new else (before, now)
+    whole_epochs = state.epoch - state.epoch_is_open
+    trainer.epoch_iteration = trainer.epoch_iteration * ratio[0] // ratio[1] if state.epoch_is_open else 0
+    place["length"] = None
+    if "taken" in place:
+        place["taken"] = place["taken"] * ratio[0] // ratio[1]
+    if state.epoch_length is not None:
+        state.epoch_length = max(1, state.epoch_length * ratio[0] // ratio[1])
+        state.iteration = whole_epochs * state.epoch_length + trainer.epoch_iteration
 
 
 def is_finished(
@@ -193,7 +199,7 @@ def is_finished(
     """Takes the limits of a resumed run over, and says whether they are reached already."""
     if max_epochs is not None and max_iters is not None:
         raise ValueError("max_epochs and max_iters exclude each other; give only one of them")
-    if restored.get("is_redealt"):
+    if "processes" in restored:
         recount(trainer, restored, data)
     before, now = restored["data"]["length"], length_of(data)
     if before is not None and now is not None and before != now:

@@ -32,6 +32,7 @@ class DataPlace:
         self._start: dict[str, Any] | None = None
         self._began = 0
         self._data: Any = None
+        self._dealt: list[int] = []
 
     def begin(self, data: Iterable[Any] | None, iteration: int, epoch: int) -> None:
         """Notes that a new pass over ``data`` is about to begin, at this iteration and in this epoch."""
@@ -39,12 +40,20 @@ class DataPlace:
         for part in _parts(data):
             if isinstance(part, SeededDataset):
                 part.set_epoch(epoch)
+        self._count_passes(data)
         self._start = {
             "rng": rng_state(),
             "own": _own_states(data),
-            "epochs": _sampler_epochs(data),
+            "epochs": _epochs(_with_epochs(data)),
             "warm": _keeps_workers(data) and data._iterator is not None,  # type: ignore[union-attr]
         }
+
+    def _count_passes(self, data: Any) -> None:
+        """Has a ``DistributedSampler`` deal another order than in the last pass, where nobody else calls its ``set_epoch``."""
+        for sampler, before in zip(_samplers(data), self._dealt, strict=False):
+            if sampler.epoch == before:
+                sampler.set_epoch(before + 1)
+        self._dealt = _epochs(_samplers(data))
 
     def taken(self, iteration: int) -> int:
         """The number of batches that the present pass has given by this iteration."""
@@ -61,7 +70,7 @@ class DataPlace:
         state: dict[str, Any] = {"length": length_of(self._data), "spent": spent}
         if not state["spent"]:
             state |= {"start": self._start, "taken": self.taken(iteration)}
-        state["own"] = _own_states(self._data)
+        state["own"], state["dealt"] = _own_states(self._data), self._dealt
         if _keeps_place(self._data):
             state["loader"] = pack(dict(self._data.state_dict()), "the data loader's state_dict()")
         return state
@@ -74,8 +83,10 @@ class DataPlace:
             state: what :meth:`state_dict` gave.
             iteration: the iteration after which it was written.
         """
+        self._dealt = list(state.get("dealt", ()))
         if state["spent"]:
             _restore_own(data, state["own"])
+            _restore_epochs(_samplers(data), self._dealt)
             return iter(())  # the loop begins the next pass by itself
         self._data, self._start, self._began = data, dict(state["start"]), iteration - state["taken"]
         if data is None:
@@ -90,7 +101,7 @@ class DataPlace:
         with kept_rng():
             restore_rng(state["start"]["rng"])
             _restore_own(data, state["start"]["own"])
-            _restore_epochs(data, state["start"]["epochs"])
+            _restore_epochs(_with_epochs(data), state["start"]["epochs"])
             iterator = _advanced(data, state["taken"])
         _restore_own(data, state["own"])
         return iterator
@@ -283,12 +294,19 @@ def _arrays(state: Any) -> Any:
     return {key: _arrays(value) for key, value in state.items()} if isinstance(state, Mapping) else state
 
 
-def _sampler_epochs(data: Any) -> list[int]:
-    """The epoch numbers of samplers that shuffle by them (``DistributedSampler``)."""
-    return [int(part.epoch) for part in _parts(data) if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
+def _with_epochs(data: Any) -> list[Any]:
+    """Whatever deals or augments by the number of the epoch: ``DistributedSampler``, ``SeededDataset``."""
+    return [part for part in _parts(data) if hasattr(part, "set_epoch") and isinstance(getattr(part, "epoch", None), int)]
 
 
-def _restore_epochs(data: Any, epochs: list[int]) -> None:
-    samplers = [part for part in _parts(data) if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
-    for sampler, epoch in zip(samplers, epochs, strict=False):
-        sampler.set_epoch(epoch)
+def _samplers(data: Any) -> list[Any]:
+    return [part for part in _with_epochs(data) if not isinstance(part, SeededDataset)]
+
+
+def _epochs(parts: list[Any]) -> list[int]:
+    return [part.epoch for part in parts]
+
+
+def _restore_epochs(parts: list[Any], epochs: list[int]) -> None:
+    for part, epoch in zip(parts, epochs, strict=False):
+        part.set_epoch(epoch)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import detached, to_device
-from camshaft.distributed import local
+from camshaft.distributed import local, split_like
 from camshaft.engines.checks import (
     bad_loss,
     check_count,
@@ -396,11 +396,25 @@ class Phase:
         for old, optimizer in zip(saved, self.optimizers, strict=True):
             check_same_groups(old, optimizer, self.name)
 
+    def sharded_like(self, name: str) -> torch.Tensor | None:
+        """What a tensor of :meth:`state_dict` is sharded as, by its place there, such as ``"module/0.weight"``."""
+        part, *place = name.split("/")
+        if part == "module":
+            found: torch.Tensor | None = unwrap(self.module).state_dict().get("/".join(place))
+            return found
+        if part == "optimizers" and place[1] == "state":
+            held: list[torch.Tensor] = [p for group in self.optimizers[int(place[0])].param_groups for p in group["params"]]
+            return held[int(place[2])]
+        return None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave and :meth:`check_state_dict` has found fitting."""
-        unwrap(self.module).load_state_dict(state["module"])
+        own = unwrap(self.module).state_dict()
+        unwrap(self.module).load_state_dict({name: split_like(value, own[name]) for name, value in state["module"].items()})
         for saved, optimizer in zip(state["optimizers"], self.optimizers, strict=True):
-            optimizer.load_state_dict(saved)
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            parts = {n: {name: split_like(v, held[n]) for name, v in part.items()} for n, part in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": parts})
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         part = stateful(self.objective)

@@ -62,7 +62,7 @@ class Together:
             for what, value in its_plan.items():
                 if value != plan[what]:
                     raise RuntimeError(
-                        f"every process must train by one plan, but {what} is {plan[what]} here and {value} on rank {other}. "
+                        f"every process must train by one plan, but {what}: {plan[what]} here, {value} on rank {other}. "
                         "Attach handlers on every rank (rank 0 alone writes all the same), and give each as many batches: "
                         "DistributedSampler does"
                     )
@@ -93,6 +93,7 @@ class Together:
             reasons = everyones(self.wish_to_stop)
             number, reason = next((number, text) for number, text in enumerate(reasons) if text is not None)
             trainer.state.stop_reason = reason if self.wish_to_stop == reason else f"{reason} (on rank {number})"
+            trainer.was_asked_to_stop = True
             Engine.terminate(trainer, bool(skip_completed))
         if end_epoch:
             self.wish_to_end_epoch = False

@@ -66,7 +66,7 @@ class Trainer(LoopEngine):
         self.place = DataPlace()
         self._restored: Mapping[str, Any] | None = None
         self.length_is_learned = False
-        self._asked_to_stop = False
+        self.was_asked_to_stop = False
         self._steps_before = 0
         self.together: Together | None = None
         """The other processes of this run; ``None`` where there is one."""
@@ -204,12 +204,12 @@ class Trainer(LoopEngine):
             max_epochs = max_iters = None
         else:
             self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
-        self._asked_to_stop = False
+        self.was_asked_to_stop = False
         resumed = self._restored is not None
         self._run_together(data, max_epochs, max_iters, epoch_length)
         ended = self._internal_run_generator is None
         self._exit_if_asked()
-        if ended and not resumed and not self._asked_to_stop and self._steps_tried() == self._steps_before:
+        if ended and not resumed and not self.was_asked_to_stop and self._steps_tried() == self._steps_before:
             raise RuntimeError(
                 f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
                 "every window was dropped by partial_window='drop'"
@@ -240,7 +240,7 @@ class Trainer(LoopEngine):
             skip_completed: leaves out ``COMPLETED``.
             reason: what ``state.stop_reason`` says.
         """
-        self._asked_to_stop = True
+        self.was_asked_to_stop = True
         where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
         reason = reason or f"terminate() was called in {where}"
         skip_completed = skip_completed is True  # as a handler itself it is given the engine
@@ -315,7 +315,7 @@ class Trainer(LoopEngine):
         if restored is not None:
             self._listeners.pop("EPOCH_STARTED", None)
             if self.state.epoch_is_open or not restored["data"]["spent"]:
-                self._init_iter = restored["clocks"]["epoch_iteration"] if self.state.epoch_is_open else 0
+                self._init_iter = self.epoch_iteration if self.state.epoch_is_open else 0
                 self._dataloader_iter = self._passed_together(self.place.resume(data, restored["data"], self.state.iteration))
                 return
             self.place.resume(data, restored["data"], self.state.iteration)
@@ -353,8 +353,11 @@ class Trainer(LoopEngine):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as tensors and plain values.
+    def checkpoint(self, sharded: bool = False) -> dict[str, Any]:
+        """Everything that a resumed run needs, as tensors and plain values. Of several processes all must call it.
+
+        Args:
+            sharded: leaves tensors that FSDP2 has split over the processes as they are; otherwise they are brought together.
 
         Returns:
             A dict that ``torch.load(weights_only=True)`` can read back, for :meth:`restore`. Its tensors are the live ones.
@@ -362,7 +365,12 @@ class Trainer(LoopEngine):
         Raises:
             TypeError: names whatever a checkpoint can't carry.
         """
-        return content_of(self)
+        return content_of(self, sharded)
+
+    def sharded_like(self, name: str) -> torch.Tensor | None:
+        """What a tensor of :meth:`checkpoint` is sharded as here, by its place there; ``None`` for one that is whole."""
+        _, kind, *place = name.split("/")
+        return self.phases[place[0]].sharded_like("/".join(place[1:])) if kind == "phases" else None
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Sets everything back to where :meth:`checkpoint` was called; the next :meth:`run` goes on from there.

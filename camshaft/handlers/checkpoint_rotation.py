@@ -17,6 +17,7 @@ from camshaft.events import Events, Handler, Listener, Place, on, split
 from camshaft.files import BadFile, clear_litter, load_checked
 from camshaft.metrics import MetricWatch, as_number, check_mode
 from camshaft.rotation import Entry, Index, best_first, file_name, kept
+from camshaft.shards import load_manifest, load_shards, save_shards
 from camshaft.writer import CheckpointWriter
 
 __all__ = ["CheckpointRotation"]
@@ -41,6 +42,8 @@ class CheckpointRotation(Handler):
         every_minutes: asks for one whenever so many minutes have gone since the last, too.
         background: has a thread write while training goes on; the tensors are copied first, one save is under way at most, and
             the last is waited for at the end of the run.
+        sharded: every process writes its own part into a folder ``step-00000123`` (``torch.distributed.checkpoint``): for
+            FSDP2 and for large states. It loads on another number of processes too.
 
     Of several processes the first writes, all take part, and each goes on from its own random state and place in the data.
 
@@ -70,7 +73,10 @@ class CheckpointRotation(Handler):
         every_minutes: float | None = None,
         *,
         background: bool = False,
+        sharded: bool = False,
     ) -> None:
+        if background and sharded:
+            raise ValueError("background and sharded exclude each other: the processes write their parts together, in front")
         check_mode(mode)
         for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -83,7 +89,7 @@ class CheckpointRotation(Handler):
         self.keep_last, self.keep_best, self.mode = keep_last, keep_best, mode
         self.every, self.every_minutes = split(every), every_minutes
         self.watch = None if metric is None else MetricWatch(metric, "CheckpointRotation")
-        self.background = background
+        self.background, self.sharded = background, sharded
         self._writer: CheckpointWriter | None = None
         self._requested = False
         self._score: tuple[int, float] | None = None
@@ -256,32 +262,48 @@ class CheckpointRotation(Handler):
         self._given = step, score
         metrics = {name: _finite(value) for name, value in state.metrics.items()}
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        entry = Entry(file_name(step), step, state.iteration, state.epoch, score, metrics, when)
-        content = engine.checkpoint()
-        path = self._write(content, entry) if world_size() == 1 else self._write_once(content, entry)
+        entry = Entry(file_name(step, self.sharded), step, state.iteration, state.epoch, score, metrics, when)
+        content = engine.checkpoint(self.sharded)
+        path = self._write(content, entry)
         if path is not None:
             self._saved_at, self._saved_when = self._now(engine), time.monotonic()
         return path
 
     def _write(self, content: dict[str, Any], entry: Entry) -> Path | None:
-        content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
-        return self.writer.write(content, entry)
-
-    def _write_once(self, content: dict[str, Any], entry: Entry) -> Path | None:
-        """The first process writes, and all hear what has come of it."""
+        """Writes, by the first process alone or by each its part, and all hear what has come of it."""
+        if is_writer():
+            content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
+        if self.sharded:
+            self.writer.save = self._sharded_before(content, entry)
         path: Path | None = None
         error: Exception | None = None
         if is_writer():
             try:
-                path = self._write(content, entry)
+                path = self.writer.write(content, entry)
             except OSError as failure:
                 error = failure
-        path, text = first_ones((path, None if error is None else str(error)))
+        text = None if error is None else str(error)
+        if world_size() > 1:
+            path, text = first_ones((path, text))
         if error is not None:
             raise error
         if text is not None:
             raise OSError(f"rank 0 could not write a checkpoint: {text}")
         return path
+
+    def _sharded_before(self, content: dict[str, Any], entry: Entry) -> Any:
+        """Has every process write its part, and gives what tells the first one's writer how that went."""
+        trouble: OSError | None = None
+        try:
+            save_shards(content, self.folder / entry.file)
+        except OSError as failure:
+            trouble = failure
+
+        def tell(*_: Any) -> None:
+            if trouble is not None:
+                raise trouble
+
+        return tell
 
     @on(Events.EXCEPTION_RAISED)
     def give_up(self, engine: Any, error: BaseException) -> None:
@@ -307,54 +329,67 @@ class CheckpointRotation(Handler):
             raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
         if self.engine.is_running:
             raise RuntimeError("resume() can't be called inside a run; call it before run()")
-        if world_size() == 1:
-            return self._resume(which)
+        path, content = self._chosen(which) if world_size() == 1 else self._chosen_together(which)
+        if path is None:
+            return None
+        if path.is_dir():
+            content = load_shards(path, content, self.engine.sharded_like)
+        self.engine.restore(content)
+        logger.info("resumed from %s: epoch %d, step %d", path, self.engine.state.epoch, self.engine.state.optimizer_step)
+        return path
+
+    def _chosen_together(self, which: str | os.PathLike[str]) -> tuple[Path | None, Any]:
+        """The first process chooses, and the others read the same."""
         path: Path | None = None
+        content: Any = None
         error: Exception | None = None
         if is_writer():
             try:
-                path = self._resume(which)
-            except (RuntimeError, ValueError, OSError) as failure:
+                path, content = self._chosen(which)
+            except (BadFile, OSError) as failure:
                 error = failure
         path, text = first_ones((path, None if error is None else str(error)))
         if error is not None:
             raise error
         if text is not None:
-            raise BadFile(f"rank 0 could not resume: {text}")
-        if path is not None and not is_writer():
-            self._load(path)
-        return path
+            raise BadFile(f"rank 0 can't resume: {text}")
+        return path, content if is_writer() or path is None else read(path)
 
-    def _resume(self, which: str | os.PathLike[str]) -> Path | None:
+    def _chosen(self, which: str | os.PathLike[str]) -> tuple[Path | None, Any]:
+        """The checkpoint that is asked for, and what it holds."""
         if which == "best":
             if self.best is None:
                 raise BadFile(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")
-            return self._load(self.best)
+            return self.best, read(self.best)
         if which != "auto":
             if not Path(which).exists():
                 raise BadFile(f"{which} isn't there; which must be 'auto', 'best' or the path of a checkpoint")
-            return self._load(Path(which))
+            return Path(which), read(Path(which))
         passed_over: list[str] = []
         for path in self.index.newest_first():
             try:
-                loaded = self._load(path)
+                content = read(path)
             except BadFile as error:
                 passed_over.append(str(error))
                 continue
             if passed_over:
-                warnings.warn(f"resumed from {path}; passed over: {'; '.join(passed_over)}", RuntimeWarning, stacklevel=2)
-            return loaded
+                warnings.warn(f"resumed from {path}; passed over: {'; '.join(passed_over)}", RuntimeWarning, stacklevel=3)
+            return path, content
         if passed_over:
             raise BadFile(f"no checkpoint in {self.folder} can be used: {'; '.join(passed_over)}")
-        return None
+        return None, None
 
-    def _load(self, path: Path) -> Path:
-        content = load_checked(path)
-        if not isinstance(content, dict) or "phases" not in content:
-            raise BadFile(f"{path} is not a checkpoint of a trainer")
-        self.engine.restore(content)
-        logger.info("resumed from %s: epoch %d, step %d", path, self.engine.state.epoch, self.engine.state.optimizer_step)
-        return path
+
+def read(path: Path) -> Any:
+    """What a checkpoint holds; of a folder, what it holds beside its tensors.
+
+    Raises:
+        BadFile: says what is wrong with it.
+    """
+    content = load_manifest(path) if path.is_dir() else load_checked(path)
+    if not isinstance(content, dict) or "phases" not in content:
+        raise BadFile(f"{path} is not a checkpoint of a trainer")
+    return content
 
 
 def _finite(value: Any) -> float | None:

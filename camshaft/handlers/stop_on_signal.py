@@ -20,7 +20,8 @@ class StopOnSignal(Handler):
     """Ends the run after the open window when a signal comes: ``COMPLETED`` handlers run, checkpoints are saved, logs flushed.
 
     The process then exits with 143 for SIGTERM and 130 for SIGINT; a second signal quits at once. The handlers of signals that
-    were there before are put back when the run ends. Forked data-loading workers don't listen.
+    were there before are put back when the run ends. Forked data-loading workers don't listen. Where several processes train, a
+    signal to one of them ends them all, with the same code.
 
     Args:
         signals: the signals to listen to.
@@ -78,6 +79,8 @@ class StopOnSignal(Handler):
             self._stop(engine)
 
     def _stop(self, engine: Any) -> None:
+        assert self.received is not None
+        engine.exit_code = 128 + self.received
         stop(engine, engine.ending)
 
     @on(Events.INTERRUPT, place=Place.SAVE + 1)

@@ -1,7 +1,11 @@
 """What each process of a test does: scenes by name, run under torchrun; each leaves what it found as ``<scene>-<rank>.pt``."""
 
+import io
 import os
+import signal
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from camshaft import R1, Events, NonFiniteGuard, create_evaluator, create_gan_trainer, create_trainer
+from camshaft import (
+    R1,
+    CheckpointRotation,
+    EarlyStopping,
+    Events,
+    LRHistory,
+    NonFiniteGuard,
+    Progress,
+    StopOnSignal,
+    TensorBoard,
+    TimeLimit,
+    create_evaluator,
+    create_gan_trainer,
+    create_trainer,
+)
 
 SAMPLES, FEATURES, CLASSES = 84, 6, 3
 SCENES: dict[str, Any] = {}
@@ -258,14 +276,238 @@ def sharded_weighed_by_samples() -> Any:
     return weights(model)
 
 
+# -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def noisy(wrap: Any) -> nn.Module:
+    """A network whose passes draw random numbers, other ones on each process."""
+    torch.manual_seed(1)
+    return wrap(nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.3), nn.Linear(8, CLASSES)).double())
+
+
+def run_of(folder: Path, wrap: Any, **options: Any) -> tuple[Any, Any]:
+    model = noisy(wrap)
+    trainer = create_trainer(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), nn.functional.cross_entropy, accumulation_steps=3
+    )
+    checkpoints = CheckpointRotation(folder, keep_last=1, **options).attach(trainer)
+    torch.manual_seed(7 + rank())
+    return trainer, checkpoints
+
+
+def resumed(out: Path, stop: int, wrap: Any = wrapped, **options: Any) -> float:
+    """How far the weights of a run that was stopped and resumed are from those of one that wasn't."""
+    folder = Path(tempfile.mkdtemp(dir=out)) if rank() == 0 else None
+    folder = shared(folder)
+    whole, _ = run_of(folder / "whole", wrap, **options)
+    whole.run(loader(shuffle=True), max_epochs=2)
+    stopped, _ = run_of(folder / "stopped", wrap, **options)
+    if rank() == 0:
+        stopped.add_event_handler(Events.ITERATION_COMPLETED(once=stop), stopped.terminate)
+    stopped.run(loader(shuffle=True), max_epochs=2)
+    again, checkpoints = run_of(folder / "stopped", wrap, **options)
+    torch.manual_seed(99)
+    assert checkpoints.resume("auto") is not None
+    again.run(loader(shuffle=True), max_epochs=2)
+    assert again.state.iteration == whole.state.iteration == 14
+    return furthest(weights(whole.lead.module), weights(again.lead.module))
+
+
+def furthest(one: Any, other: Any) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def shared(value: Any) -> Any:
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@scene
+def resumed_after_each_iteration() -> Any:
+    return {stop: resumed(OUT, stop) for stop in range(1, 14)}
+
+
+@scene
+def resumed_from_shards() -> Any:
+    return {stop: resumed(OUT, stop, fully_sharded, sharded=True) for stop in (3, 6, 8, 10)}
+
+
+@scene
+def resumed_from_a_whole_file_of_shards() -> Any:
+    return {stop: resumed(OUT, stop, fully_sharded) for stop in (3, 6, 8, 10)}
+
+
+def fully_sharded(model: nn.Module) -> nn.Module:
+    if world() > 1:
+        for layer in model:
+            if list(layer.parameters()):
+                fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+@scene
+def leave_shards() -> Any:
+    """Half a run, for another number of processes to go on with."""
+    trainer, _ = run_of(OUT / "handed_on", fully_sharded, sharded=True)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=10), trainer.terminate)
+    trainer.run(loader(shuffle=True), max_epochs=2)
+    return {"step": trainer.state.optimizer_step, **weights(trainer.lead.module)}
+
+
+@scene
+def take_shards() -> Any:
+    trainer, checkpoints = run_of(OUT / "handed_on", fully_sharded, sharded=True)
+    before = weights(trainer.lead.module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoints.resume("auto")
+    taken = weights(trainer.lead.module)
+    moments = trainer.lead.optimizers[0].state_dict()["state"][0]["exp_avg"]
+    left = trainer.state.epoch_length
+    state = trainer.run(loader(shuffle=True), max_epochs=2)
+    return {
+        "moved": furthest(before, taken),
+        "moments": float(getattr(moments, "full_tensor", lambda: moments)().abs().sum()),
+        "epoch": state.epoch,
+        "iteration": state.iteration,
+        "steps": state.optimizer_step,
+        "left": left,
+        **taken,
+    }
+
+
+# -- mistakes, and ends that one process brings about ---------------------------------------------------------------------
+
+
+def error_of(action: Any) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+@scene
+def a_model_that_is_not_wrapped() -> str:
+    return error_of(lambda: trainer_of(bare()).run(loader()))
+
+
+@scene
+def batches_of_other_number() -> str:
+    return error_of(lambda: trainer_of(wrapped(bare())).run(list(loader())[: 5 + rank()]))
+
+
+@scene
+def a_handler_on_one_alone() -> str:
+    trainer = trainer_of(wrapped(bare()))
+    if rank() == 0:
+        LRHistory().attach(trainer)
+    return error_of(lambda: trainer.run(loader()))
+
+
+@scene
+def a_wrapper_that_is_passed_by() -> str:
+    """Its gradients never travel."""
+    model = wrapped(bare())
+    trainer = create_trainer(model, sgd(model), None, compute_loss=lambda m, batch: masked(m.module, batch))
+    return error_of(lambda: trainer.run(loader()))
+
+
+@scene
+def a_guard_that_raises() -> str:
+    trainer = trainer_of(wrapped(bare()))
+    NonFiniteGuard("raise").attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda e: rank() or e.state.batch[0].fill_(float("nan")))
+    return error_of(lambda: trainer.run(loader())) + f" after {trainer.state.optimizer_step}"
+
+
+@scene
+def a_score_of_one_alone() -> dict[str, Any]:
+    """Early stopping by a metric that is another one on each process."""
+    trainer = trainer_of(wrapped(bare()))
+    EarlyStopping("score", patience=2).attach(trainer)
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=float(e.state.epoch * (-1 if rank() == 0 else 1)))
+    )
+    state = trainer.run(loader(), max_epochs=6)
+    return {"epoch": state.epoch, "reason": state.stop_reason}
+
+
+@scene
+def a_limit_of_one_alone() -> dict[str, Any]:
+    trainer = trainer_of(wrapped(bare()), accumulation_steps=2)
+    limit = TimeLimit(1).attach(trainer)
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=3))
+    def hurry(engine: Any) -> None:
+        limit.hours = 1e-9 if rank() == world() - 1 else 1
+
+    state = trainer.run(loader(), max_epochs=3)
+    return {"iteration": state.iteration, "steps": state.optimizer_step}
+
+
+@scene
+def who_writes() -> dict[str, Any]:
+    folder = OUT / "written"
+    model = wrapped(bare())
+    trainer = trainer_of(model)
+    TensorBoard(folder / "curves", every=2).attach(trainer)
+    Progress(file=(stream := io.StringIO()), every_seconds=0).attach(trainer)
+    checkpoints = CheckpointRotation(folder / "checkpoints", keep_last=2).attach(trainer)
+    losses: list[float] = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: losses.append(float(e.state.loss)))
+    trainer.run(loader(), max_epochs=2)
+    return {"losses": losses, "bar": len(stream.getvalue()), "last": str(checkpoints.last), "pid": os.getpid()}
+
+
+@scene
+def raised_by_one() -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
+    trainer = trainer_of(wrapped(bare()))
+
+    @trainer.on(Events.ITERATION_STARTED(once=4))
+    def fail(engine: Any) -> None:
+        if rank() == 1:
+            raise ValueError("this batch is spoiled")
+
+    return {"error": error_of(lambda: trainer.run(loader(), max_epochs=3)), "iteration": trainer.state.iteration}
+
+
+@scene
+def killed_by_one() -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trainer = trainer_of(wrapped(bare()))
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=4), lambda: rank() == 1 and os.kill(os.getpid(), signal.SIGKILL))
+    return {"error": error_of(lambda: trainer.run(loader(), max_epochs=3))}
+
+
+@scene
+def signalled_to_one() -> dict[str, Any]:
+    trainer, checkpoints = run_of(OUT / "signalled", wrapped)
+    StopOnSignal().attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=4), lambda: rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
+    code = None
+    try:
+        trainer.run(loader(), max_epochs=3)
+    except SystemExit as end:
+        code = end.code
+    state = trainer.state
+    return {"code": code, "iteration": state.iteration, "steps": state.optimizer_step, "reason": state.stop_reason}
+
+
+OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    out = Path(sys.argv[1])
     if "RANK" in os.environ:
         idist.initialize("gloo")
     for name in sys.argv[2:]:
         torch.manual_seed(rank())
-        torch.save(SCENES[name](), out / f"{name}-{rank()}.pt")
+        torch.save(SCENES[name](), OUT / f"{name}-{rank()}.pt")
     if "RANK" in os.environ:
         idist.finalize()
 
