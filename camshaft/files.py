@@ -16,7 +16,16 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-__all__ = ["MANIFEST", "BadFile", "clear_litter", "load_checked", "remove", "save_durably", "sync_folder", "write_durably"]
+__all__ = [
+    "BadFile",
+    "MANIFEST",
+    "clear_litter",
+    "load_checked",
+    "remove",
+    "save_durably",
+    "sync_folder",
+    "write_durably",
+]
 
 LITTER = ".camshaft-"
 """What the names of temporary files begin with."""

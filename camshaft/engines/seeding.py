@@ -47,8 +47,8 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
 def worker_init_fn(worker_id: int) -> None:
     """For ``DataLoader(worker_init_fn=worker_init_fn)``: seeds Python and NumPy from torch's seed of the worker.
 
-    torch gives each worker, in each epoch, a seed of its own; without this function code that draws from NumPy's or Python's
-    global generator may draw the same numbers in every worker.
+    torch does the same by itself in the workers that it starts. The function is for scripts that want it said, and for
+    loaders that start their workers in another way: no two workers, and no two epochs, draw the same numbers.
 
     Args:
         worker_id: given by the data loader.

@@ -55,7 +55,8 @@ class Trainer(LoopEngine):
         check_phases(phases)
         super().__init__(self._step)
         self.state = TrainerState()
-        self.register_events(*StepEvents)
+        # Ignite's loggers ask this table of the whole process whether an event has a clock; the true ones are the state's
+        self.register_events(*StepEvents, event_to_attr=dict.fromkeys(StepEvents, "iteration"))
         self.handlers: dict[str, Handler] = {}
         """The attached handlers of this package, by name."""
         self.phases = {phase.name: phase for phase in phases}

@@ -88,6 +88,7 @@ class KerasStyle(Handler):
 
     saved = ("totals", "samples")
     needs_trainer = True
+    differs_by_rank = True
 
     def __init__(self, callback: Any, *, style: str | None = None, metrics_names: Sequence[str] = ()) -> None:
         if isinstance(callback, type):

@@ -90,12 +90,19 @@ class LRScheduling(Handler):
 
     def step_in_phase(self, engine: Any) -> None:
         """Steps the scheduler after a step of its own network."""
-        if engine.state.phase == self.phase:
+        if engine.state.phase != self.phase:
+            return
+        if counts_itself(self.scheduler):
             self.scheduler.step()
+        else:
+            self.scheduler.step_update(engine.state.optimizer_step)
 
-    def step(self) -> None:
+    def step(self, engine: Any) -> None:
         """Steps the scheduler after an epoch."""
-        self.scheduler.step()
+        if counts_itself(self.scheduler):
+            self.scheduler.step()
+        else:
+            self.scheduler.step(engine.state.epoch)
 
     def step_on_metric(self, engine: Any) -> None:
         """Steps the scheduler with a metric that has been evaluated anew."""
@@ -122,6 +129,11 @@ def check_every(every: Any) -> None:
     """Raises ``ValueError`` where ``every`` names no clock."""
     if every not in ("step", "epoch"):
         raise ValueError(f"schedule_every must be 'step' or 'epoch', got {every!r}")
+
+
+def counts_itself(scheduler: Any) -> bool:
+    """Whether a scheduler keeps the clock, as torch's do; timm's are told the number of the update or of the epoch."""
+    return not hasattr(scheduler, "step_update")
 
 
 def is_plateau(scheduler: Any) -> bool:
