@@ -28,7 +28,7 @@ class Folders:
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether a folder holds the checkpoints of a run, or their index alone."""
-    return (folder / INDEX).is_file() or any(step_of(path.name) is not None for path in folder.glob("step-*.pt"))
+    return (folder / INDEX).is_file() or any(step_of(path.name) is not None for path in folder.glob("step-*"))
 
 
 def has_events(folder: Path) -> bool:
@@ -68,5 +68,5 @@ def find_folders(run: Path) -> Folders:
         return Folders(run, inner[0] if inner else None, run if has_events(run) else None)
     raise NoRun(
         f"{run} is neither a run's folder (no event files of TensorBoard and no folder of checkpoints in it) "
-        f"nor a folder of checkpoints (no {INDEX} and no step-*.pt in it)"
+        f"nor a folder of checkpoints (no {INDEX} and no step-... in it)"
     )

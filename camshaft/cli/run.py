@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from camshaft.board import finished
+from camshaft.cli.contents import newest_content, size_of
 from camshaft.cli.curves import NO_EVENTS, Curves, Events, Point, is_learning_rate, read_events
 from camshaft.cli.folders import find_folders
-from camshaft.files import BadFile, load_checked
 from camshaft.rates import group_rates
 from camshaft.rotation import Entry, Index
 
@@ -107,7 +107,7 @@ def read_run(path: Path) -> Run:
     """
     folders = find_folders(path)
     index = None if folders.checkpoints is None else Index(folders.checkpoints)
-    content, warnings = ({}, []) if index is None else newest_content(index)
+    content, warnings = ({}, []) if index is None else newest_content(index.newest_first())
     events = NO_EVENTS if folders.events is None else read_events(folders.events)
     entries = [] if index is None else index.entries
     rates = {name: curve for name, curve in events.scalars.items() if is_learning_rate(name)}
@@ -125,7 +125,6 @@ def read_run(path: Path) -> Run:
 
 def checkpoint_of(entry: Entry, folder: Path) -> Checkpoint:
     """An entry of the index with the size of its file."""
-    path = folder / entry.file
     return Checkpoint(
         file=entry.file,
         optimizer_step=entry.optimizer_step,
@@ -134,23 +133,8 @@ def checkpoint_of(entry: Entry, folder: Path) -> Checkpoint:
         score=entry.score,
         metrics=entry.metrics,
         time=entry.time,
-        size=path.stat().st_size if path.is_file() else None,
+        size=size_of(folder / entry.file),
     )
-
-
-def newest_content(index: Index) -> tuple[Mapping[str, Any], list[str]]:
-    """What the newest good checkpoint holds (nothing, where there is none), and what is wrong with newer ones."""
-    warnings = []
-    for path in index.newest_first():
-        try:
-            content = load_checked(path)
-        except BadFile as error:
-            warnings.append(str(error))
-            continue
-        if isinstance(content, dict) and "clocks" in content:
-            return content, warnings
-        warnings.append(f"{path} is not a checkpoint of a trainer")
-    return {}, warnings
 
 
 def metrics_from(entries: Iterable[Entry]) -> dict[str, list[Point]]:

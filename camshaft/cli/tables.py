@@ -12,6 +12,7 @@ from rich.text import Text
 from camshaft.cli.curves import Curve, Curves
 from camshaft.cli.integrity import Integrity
 from camshaft.cli.run import Checkpoint, Run
+from camshaft.rotation import INDEX
 
 __all__ = ["bytes_as_text", "print_integrity", "print_run", "sparkline"]
 
@@ -66,8 +67,8 @@ def print_integrity(integrity: Integrity, console: Console) -> None:
     table = new_table(str(integrity.folder), "file", "", "what")
     for verdict in integrity.files:
         said = [verdict.reason] if verdict.reason else []
-        if not verdict.listed and verdict.file.endswith(".pt"):
-            said.append("not listed in checkpoints.json")
+        if not verdict.listed and verdict.file != INDEX:
+            said.append(f"not listed in {INDEX}")
         word = Text("good", style="green") if verdict.good else Text("bad", style="bold red")
         table.add_row(Text(verdict.file), word, Text("; ".join(said)))
     for name in integrity.leftovers:
