@@ -26,7 +26,7 @@ def run(out, processes=2):
 
 def workers_of(launcher):
     """The processes that torchrun has started."""
-    ps = ["ps", "-o", "pid=,args=", "--ppid", str(launcher.pid)]
+    ps = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(launcher.pid)]
     listed = subprocess.run(ps, capture_output=True, text=True, check=False)
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if SCRIPT.name in line]
 

@@ -110,9 +110,9 @@ def test_everything_of_the_end_runs_before_it_leaves(tmp_path):
     trainer, order = trainer_of(), []
     StopOnSignal().attach(trainer)
     checkpoints = CheckpointRotation(tmp_path, every=Events.COMPLETED).attach(trainer)
-    trainer.add_event_handler(Events.COMPLETED, lambda e: order.append(e.exit_code))
-    signalled(trainer, at=2)
-    assert order == [None]
+    trainer.add_event_handler(Events.COMPLETED, lambda e: order.append(e.state.iteration))
+    assert signalled(trainer, at=2) == 143
+    assert order == [2]
     assert checkpoints.last.name == "step-00000002.pt"
 
 
