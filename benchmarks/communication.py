@@ -156,7 +156,12 @@ def draw(part: dict[str, float], steps: dict[int, list[float]], path: Path) -> N
         share = [window / (window + ratio) for window in windows]
         axes.plot(windows, share, color="#9aa5b1", linewidth=1)
         axes.annotate(
-            f"reduce = {ratio:g} x compute", (1, share[0]), xytext=(0, 4), textcoords="offset points", color="#6b7580"
+            f"reduce = {ratio:g} x compute",
+            (windows[-1], share[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color="#6b7580",
         )
     axes.plot(windows, [w * unit / modelled(w, part) for w in windows], color="#1f6f8b", label="the model, its parts measured")
     shares = {window: [window * unit / quartile for quartile in quartiles] for window, quartiles in steps.items()}
