@@ -49,6 +49,7 @@ from camshaft.handlers import (
     TimeLimit,
 )
 from camshaft.modules import ParameterCount, count_parameters, freeze, unfreeze
+from camshaft.prefetch import Prefetch
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "ParameterCount",
     "Phase",
     "Place",
+    "Prefetch",
     "Progress",
     "R1",
     "R2",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["kept_rng", "reseed", "restore_rng", "rng_state"]
+__all__ = ["RawStates", "kept_rng", "raw_rng_state", "reseed", "restore_rng", "rng_state"]
 
 
 def reseed(seed: int) -> None:
@@ -20,18 +20,36 @@ def reseed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class RawStates(NamedTuple):
+    """Every generator's state as the generator itself gives it: quick to take."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    def plain(self) -> dict[str, Any]:
+        """As tensors and plain values, which a checkpoint can carry."""
+        version, internal, gauss = self.python
+        _, keys, position, has_gauss, cached = self.numpy
+        state: dict[str, Any] = {
+            "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+            "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            "torch": self.torch,
+        }
+        return state | ({"cuda": self.cuda} if self.cuda else {})
+
+
+def raw_rng_state() -> RawStates:
+    """The generators of Python, NumPy, torch and each CUDA device."""
+    cuda = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
+    numpy: Any = np.random.get_state(legacy=True)
+    return RawStates(random.getstate(), numpy, torch.get_rng_state(), cuda)
+
+
 def rng_state() -> dict[str, Any]:
     """The generators of Python, NumPy, torch and each CUDA device, as tensors and plain values."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if _cuda_is_used():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    return raw_rng_state().plain()
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
@@ -53,13 +71,12 @@ def _cuda_is_used() -> bool:
 @contextmanager
 def kept_rng() -> Iterator[None]:
     """Puts every generator back as it was, however the block is left."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
+    before = raw_rng_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        for device, state in enumerate(cuda):
+        random.setstate(before.python)
+        np.random.set_state(before.numpy)
+        torch.set_rng_state(before.torch)
+        for device, state in enumerate(before.cuda):
             torch.cuda.set_rng_state(state, device)

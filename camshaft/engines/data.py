@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from camshaft.engines.seeding import SeededDataset
 from camshaft.events import pack
-from camshaft.randomness import kept_rng, restore_rng, rng_state
+from camshaft.prefetch import Prefetch
+from camshaft.randomness import kept_rng, raw_rng_state, restore_rng, rng_state
 
 __all__ = ["DataPlace"]
 
@@ -32,10 +33,12 @@ class DataPlace:
         self._start: dict[str, Any] | None = None
         self._began = 0
         self._data: Any = None
+        self._prefetch: Prefetch | None = None
         self._dealt: list[int] = []
 
     def begin(self, data: Iterable[Any] | None, iteration: int, epoch: int) -> None:
         """Notes that a new pass over ``data`` is about to begin, at this iteration and in this epoch."""
+        data = self._see_through(data)
         self._data, self._began = data, iteration
         for part in _parts(data):
             if isinstance(part, SeededDataset):
@@ -47,6 +50,22 @@ class DataPlace:
             "epochs": _epochs(_with_epochs(data)),
             "warm": _keeps_workers(data) and data._iterator is not None,  # type: ignore[union-attr]
         }
+
+    def _see_through(self, data: Any) -> Any:
+        """The loader itself; one that is fetched ahead is looked at before each fetch, where that may change something."""
+        self._prefetch = data if isinstance(data, Prefetch) else None
+        if self._prefetch is None:
+            return data
+        loader = self._prefetch.loader
+        by_others = isinstance(loader, (list, tuple)) or (isinstance(loader, DataLoader) and loader.num_workers > 0)
+        keeps_place = _keeps_place(loader)
+
+        def look() -> tuple[Any, ...]:
+            rng = None if by_others else raw_rng_state()
+            return rng, _own_states(loader), copy.deepcopy(loader.state_dict()) if keeps_place else None  # type: ignore[attr-defined]
+
+        self._prefetch.look = look
+        return loader
 
     def _count_passes(self, data: Any) -> None:
         """Has a ``DistributedSampler`` deal another order than in the last pass, where nobody else calls its ``set_epoch``."""
@@ -71,8 +90,12 @@ class DataPlace:
         if not state["spent"]:
             state |= {"start": self._start, "taken": self.taken(iteration)}
         state["own"], state["dealt"] = _own_states(self._data), self._dealt
-        if _keeps_place(self._data):
-            state["loader"] = pack(dict(self._data.state_dict()), "the data loader's state_dict()")
+        loader = self._data.state_dict() if _keeps_place(self._data) else None
+        if self._prefetch is not None and self._prefetch.ahead is not None:
+            rng, own, loader = self._prefetch.ahead
+            state["ahead"] = {"rng": rng and rng.plain(), "own": own}
+        if loader is not None:
+            state["loader"] = pack(dict(loader), "the data loader's state_dict()")
         return state
 
     def resume(self, data: Iterable[Any] | None, state: Mapping[str, Any], iteration: int) -> Iterator[Any]:
@@ -83,6 +106,7 @@ class DataPlace:
             state: what :meth:`state_dict` gave.
             iteration: the iteration after which it was written.
         """
+        data = self._see_through(data)
         self._dealt = list(state.get("dealt", ()))
         if state["spent"]:
             _restore_own(data, state["own"])
@@ -91,20 +115,38 @@ class DataPlace:
         self._data, self._start, self._began = data, dict(state["start"]), iteration - state["taken"]
         if data is None:
             raise RuntimeError("the checkpoint was written in the middle of data; call run() with the same data")
-        if _keeps_place(data) and "loader" in state:
+        iterator = self._entered(data, state)
+        if self._prefetch is not None:
+            iterator = self._fetched_ahead(self._prefetch, iterator, state)
+        if not _goes_on_by_itself(data, state):
+            _restore_own(data, state["own"])
+        return iterator
+
+    def _entered(self, data: Iterable[Any], state: Mapping[str, Any]) -> Iterator[Any]:
+        """The loader's own pass, as many batches in as were taken."""
+        if _goes_on_by_itself(data, state):
             data.load_state_dict(state["loader"])  # type: ignore[attr-defined]
             with kept_rng():
-                iterator: Iterator[Any] = iter(data)
-            return iterator
+                return iter(data)
         if state["start"]["warm"] and _keeps_workers(data):
             _start_workers(data)  # type: ignore[arg-type]
         with kept_rng():
             restore_rng(state["start"]["rng"])
             _restore_own(data, state["start"]["own"])
             _restore_epochs(_with_epochs(data), state["start"]["epochs"])
-            iterator = _advanced(data, state["taken"])
-        _restore_own(data, state["own"])
-        return iterator
+            return _advanced(data, state["taken"])
+
+    def _fetched_ahead(self, prefetch: Prefetch, batches: Iterator[Any], state: Mapping[str, Any]) -> Iterator[Any]:
+        """The same with the batch that was ahead fetched again, as it was the first time."""
+        ahead = state.get("ahead")
+        if ahead is None:
+            return prefetch.entered(batches, fetched=False)
+        with kept_rng():
+            if ahead["rng"] is not None:
+                restore_rng(ahead["rng"])
+            if not _goes_on_by_itself(prefetch.loader, state):
+                _restore_own(prefetch.loader, ahead["own"])
+            return prefetch.entered(batches, fetched=True)
 
 
 def length_of(data: Any) -> int | None:
@@ -126,6 +168,10 @@ def _is_skippable(data: Any) -> bool:
 def _keeps_place(data: Any) -> bool:
     """Whether it is a loader that can say by itself where it stands (torchdata's ``StatefulDataLoader``)."""
     return hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+
+
+def _goes_on_by_itself(data: Any, state: Mapping[str, Any]) -> bool:
+    return "loader" in state and _keeps_place(data)
 
 
 def _advanced(data: Any, taken: int) -> Iterator[Any]:
