@@ -94,17 +94,12 @@ def paired(yours: Callable[[], Any], other: Callable[[], Any], device: torch.dev
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
     """How long a call takes, until the device has done it."""
+    wait = (lambda _: None) if device.type == "cpu" else torch.accelerator.synchronize
     wait(device)
     began = time.perf_counter()
     function()
     wait(device)
     return time.perf_counter() - began
-
-
-def wait(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 # -- an optimizer's step --------------------------------------------------------------------------------------------------
