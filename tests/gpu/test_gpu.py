@@ -1,0 +1,251 @@
+"""What holds on a GPU alone: nothing waits for the device, nothing grows, and the numbers are those of the loop by hand."""
+
+import itertools
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from camshaft import (
+    R1,
+    CheckpointRotation,
+    Events,
+    ExponentialMovingAverage,
+    GradientClipping,
+    GradientPenalty,
+    LRHistory,
+    NonFiniteGuard,
+    Prefetch,
+    Progress,
+    StepEvents,
+    TensorBoard,
+    create_evaluator,
+    create_gan_trainer,
+    create_trainer,
+    seed_everything,
+)
+from camshaft.testing import assert_resumes_exactly
+
+DEVICE = torch.device("cuda")
+PRECISIONS = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.usefixtures("_exact"),
+]
+
+
+@pytest.fixture
+def _exact(monkeypatch):
+    """The same sums at each call, so that bits can be compared."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4)).to(DEVICE)
+
+
+def samples(number=96):
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(number, 16, generator=generator), torch.randint(4, (number,), generator=generator))
+
+
+def loader_of(**options):
+    return DataLoader(samples(), batch_size=8, pin_memory=True, **options)
+
+
+def on_device(number=12):
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(torch.randn(8, 16, generator=generator), torch.randint(4, (8,), generator=generator)) for _ in range(number)]
+    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in pairs]
+
+
+def weights(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def differing(left, right):
+    return {name for name in left if not torch.equal(left[name], right[name])}
+
+
+def without_waiting(trainer, mode="error"):
+    """Makes any wait inside the epoch's iterations an error, or a warning."""
+    trainer.add_event_handler_at(10_000, Events.EPOCH_STARTED, lambda: torch.cuda.set_sync_debug_mode(mode))
+    trainer.add_event_handler_at(-10_000, Events.EPOCH_COMPLETED, lambda: torch.cuda.set_sync_debug_mode("default"))
+
+
+def full_trainer(folder, amp=None, **options):
+    """A trainer with everything attached."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    trainer = create_trainer(
+        model, optimizer, nn.functional.cross_entropy, amp=amp, accumulation_steps=2, clip_grad_norm=1.0, scheduler=scheduler,
+        **options,
+    )  # fmt: skip
+    for handler in (LRHistory(), ExponentialMovingAverage(0.99), Progress(), TensorBoard(folder / "runs", every=1000)):
+        handler.attach(trainer)
+    CheckpointRotation(folder / "checkpoints").attach(trainer)
+    return trainer
+
+
+# -- waiting --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amp", [None, "bf16"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["loader", "prefetched"])
+def test_a_whole_epoch_waits_for_nothing(tmp_path, amp, ahead):
+    trainer = full_trainer(tmp_path, amp)
+    without_waiting(trainer)
+    trainer.run(Prefetch(loader_of(), DEVICE) if ahead else loader_of(), max_epochs=2)
+    assert trainer.state.optimizer_step == 12
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_the_scalers_check_and_the_guards_are_one_wait_for_each_step(tmp_path, guard):
+    trainer = full_trainer(tmp_path, "fp16")
+    if guard:
+        NonFiniteGuard("skip").attach(trainer)
+    without_waiting(trainer, "warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run(loader_of())
+    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    assert len(waits) == trainer.state.optimizer_step + trainer.state.skipped_steps
+
+
+@pytest.mark.parametrize("penalty", [None, GradientPenalty(), R1()], ids=["none", "wgan-gp", "r1"])
+def test_a_gan_waits_for_nothing(penalty):
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(4, 16).to(DEVICE), nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1)).to(DEVICE)
+    optimizers = [torch.optim.Adam(module.parameters(), fused=True) for module in (generator, critic)]
+    trainer = create_gan_trainer(generator, critic, *optimizers, latent=4, penalty=penalty, discriminator_steps=2)
+    GradientClipping(1.0, phase="generator").attach(trainer)
+    without_waiting(trainer)
+    trainer.run([x for x, _ in on_device()])
+    assert trainer.phases["generator"].optimizer_step == 6
+
+
+# -- numbers --------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(dtype, batches, epochs=2, window=2):
+    """What a careful person writes."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+    for _ in range(epochs):
+        for number, (x, y) in enumerate(batches, start=1):
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+                loss = nn.functional.cross_entropy(model(x), y)
+            scaler.scale(loss / window).backward()
+            if number % window == 0:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_the_same_weights_as_by_hand(amp):
+    expected = by_hand(PRECISIONS[amp], on_device())
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = create_trainer(model, optimizer, nn.functional.cross_entropy, amp=amp, accumulation_steps=2, clip_grad_norm=1.0)
+    trainer.run(on_device(), max_epochs=2)
+    assert differing(expected, weights(model)) == set()
+
+
+def trained(prepare=lambda module: module, data=None, **options):
+    model = prepare(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
+    create_trainer(model, optimizer, nn.functional.cross_entropy).run(data or on_device(), max_epochs=2)
+    return weights(getattr(model, "_orig_mod", model))
+
+
+def test_a_batch_fetched_ahead_is_the_one_of_the_loader():
+    moved = [(x.to(DEVICE), y.to(DEVICE)) for x, y in loader_of()]
+    assert differing(trained(data=moved), trained(data=Prefetch(loader_of(), DEVICE))) == set()
+    assert differing(trained(data=moved), trained(data=Prefetch(loader_of(num_workers=2), DEVICE))) == set()
+
+
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"foreach": True}, {"capturable": True}], ids=lambda options: [*options][0]
+)
+def test_other_kernels_of_the_optimizer_give_the_same_to_rounding(options):
+    expected, found = trained(), trained(**options)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_trains():
+    torch.use_deterministic_algorithms(False)
+    prepared = partial(torch.compile, mode="reduce-overhead")
+    found = trained(lambda module: prepared(nn.Sequential(*[layer for layer in module if not isinstance(layer, nn.Dropout)])))
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_channels_last_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).to(DEVICE)
+    model = model.to(memory_format=torch.channels_last)
+    trainer = create_trainer(model, torch.optim.AdamW(model.parameters(), fused=True), nn.functional.cross_entropy, amp="bf16")
+    x = torch.randn(8, 3, 8, 8, device=DEVICE).to(memory_format=torch.channels_last)
+    trainer.run([(x, torch.randint(4, (8,), device=DEVICE))] * 4)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# -- resume ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+@pytest.mark.parametrize("ahead", [False, True], ids=["loader", "prefetched"])
+def test_a_resumed_run_is_the_same_bit_for_bit(amp, ahead):
+    def make_run(folder):
+        seed_everything(0)
+        trainer = full_trainer(folder, amp)
+        loader = loader_of(shuffle=True)
+        return trainer, lambda: trainer.run(Prefetch(loader, DEVICE) if ahead else loader, max_epochs=2)
+
+    assert_resumes_exactly(make_run, stops=[1, 6, 12, 13])
+
+
+def test_an_evaluator_leaves_the_devices_random_state_alone():
+    evaluator = create_evaluator(network())
+    before = torch.cuda.get_rng_state()
+    evaluator.run(on_device())
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_devices_memory_does_not_grow(tmp_path):
+    trainer, allocated = full_trainer(tmp_path), []
+    note = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), note)
+    batches = on_device()
+    trainer.run(itertools.chain.from_iterable(itertools.repeat(batches)), max_iters=10_000)
+    assert len(set(allocated[1:])) == 1, allocated
+
+
+def test_nothing_of_the_graph_is_kept_between_iterations(tmp_path):
+    trainer, peaks = full_trainer(tmp_path), []
+
+    @trainer.on(StepEvents.FORWARD_STARTED)
+    def look(engine):
+        peaks.append(torch.cuda.memory_allocated())
+
+    trainer.run(on_device())
+    assert max(peaks[4:]) == min(peaks[4:]), peaks
