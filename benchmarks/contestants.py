@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["CONTESTANTS", "GAMES", "NEEDS", "SIZES", "Batches", "Task", "make_game", "make_task"]
+__all__ = ["CONTESTANTS", "GAMES", "HELD_BACK", "NEEDS", "SIZES", "Batches", "Task", "make_game", "make_task"]
 
 WINDOW = 4
 """The batches of a window where gradients are accumulated."""
@@ -94,6 +94,8 @@ CONTESTANTS: dict[str, Callable[[Task], Round]] = {}
 """By name: takes a task and gives the function that trains one pass over its batches."""
 NEEDS: dict[str, str] = {}
 """The module that a contestant can't do without."""
+HELD_BACK = {"composer": "mosaicml 0.32.1 needs torch<2.7.1"}
+"""Why a module isn't installed beside the others."""
 
 
 def contestant(name: str, needs: str = "torch") -> Callable[[Callable[[Task], Round]], Callable[[Task], Round]]:
@@ -655,3 +657,46 @@ def keras(task: Task) -> Round:
             linear.weight.data, linear.bias.data = weight.T, bias
 
     return run
+
+
+@contestant("fastai", needs="fastai")
+def fastai(task: Task) -> Round:
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
+
+    loaders = DataLoaders(task.batches, [], device=task.device)
+    optimizer = OptimWrapper(opt=task.optimizer)
+    learner = Learner(loaders, task.model, loss_func=task.loss_fn, opt_func=optimizer, lr=0.01)
+
+    def run() -> None:
+        with learner.no_logging():
+            learner.fit(1)
+
+    return run
+
+
+@contestant("Composer", needs="composer")
+def composer(task: Task) -> Round:
+    from composer import ComposerModel, Trainer
+
+    class Model(ComposerModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.model
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            return self.model(batch[0])
+
+        def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+            return task.loss_fn(outputs, batch[1])
+
+    trainer = Trainer(
+        model=Model(),
+        optimizers=task.optimizer,
+        train_dataloader=task.batches,
+        device_train_microbatch_size=len(task.batches.batches[0][0]),
+        device="cpu",
+        progress_bar=False,
+    )
+    return lambda: trainer.fit(duration="1ep")

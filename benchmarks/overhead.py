@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, os.fspath(HERE.parent))  # the package beside this folder, installed or not
 
 import torch  # noqa: E402
-from contestants import CONTESTANTS, COUNTS, GAMES, NEEDS, make_game, make_task  # noqa: E402
+from contestants import CONTESTANTS, COUNTS, GAMES, HELD_BACK, NEEDS, make_game, make_task  # noqa: E402
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 WARM_UP = 2
@@ -68,6 +68,7 @@ class Result:
 
 
 PEERS = ("blog template", "Ignite", "Fabric", "Poutyne", "skorch", "TNT", "Accelerate", "Lightning", "Keras")
+PEERS += ("fastai", "Composer")
 SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "nothing": ("bare loop", ("camshaft", *PEERS)),
     "accumulation": (
@@ -155,9 +156,10 @@ def compare_weights(one: torch.nn.Module, other: torch.nn.Module) -> str:
 
 
 def missing(comparison: Comparison) -> str | None:
-    """The module that isn't installed and that a contestant needs."""
+    """Which module isn't installed that a contestant needs, and why, where that is known."""
     needed = [NEEDS[name] for name in (comparison.baseline, *comparison.rivals)]
-    return next((module for module in needed if importlib.util.find_spec(module) is None), None)
+    module = next((module for module in needed if importlib.util.find_spec(module) is None), None)
+    return module and f"{module} is not installed" + (f": {HELD_BACK[module]}" if module in HELD_BACK else "")
 
 
 def run_apart(comparison: Comparison, clock: str) -> list[Result] | str:
@@ -214,12 +216,8 @@ def main() -> None:
             continue
         if arguments.quick:
             comparison = Comparison(**asdict(comparison) | {"rounds": 9})
-        module = missing(comparison)
-        found = (
-            f"{module} is not installed"
-            if module
-            else run_steadily(comparison, arguments.clock, 1 if arguments.quick else arguments.attempts)
-        )
+        attempts = 1 if arguments.quick else arguments.attempts
+        found = missing(comparison) or run_steadily(comparison, arguments.clock, attempts)
         if isinstance(found, str):
             skipped[comparison.rivals[0]] = found
             print(f"{comparison.scenario:18} {comparison.rivals[0]:38} skipped: {found}", flush=True)

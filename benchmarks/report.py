@@ -27,7 +27,8 @@ TITLES = {
 BUDGETS = {"nothing": "10 µs", "accumulation": "10 µs", "logging": "30 µs", "game": "15 µs", "large": "1.01 times"}
 """What camshaft may cost."""
 PACKAGES = (
-    "torch", "pytorch-ignite", "lightning", "accelerate", "poutyne", "torchtnt", "skorch", "keras", "tensorboard", "tqdm"
+    "torch", "pytorch-ignite", "lightning", "accelerate", "poutyne", "torchtnt", "skorch", "keras", "fastai", "mosaicml",
+    "tensorboard", "tqdm",
 )  # fmt: skip
 
 
