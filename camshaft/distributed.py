@@ -22,6 +22,7 @@ __all__ = [
     "everyones",
     "first_ones",
     "is_sharded",
+    "is_split",
     "is_writer",
     "local",
     "pass_together",
@@ -100,6 +101,11 @@ def pass_together(batches: Iterator[Any]) -> Iterator[Any]:
 # -- tensors --------------------------------------------------------------------------------------------------------------
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether it is a tensor of which each process holds a part of its own."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: a sharded one's own part, in the same memory."""
     part = getattr(tensor, "to_local", None)
@@ -126,6 +132,11 @@ def split_like(tensor: Any, reference: Any) -> Any:
 def average(tensors: Iterable[torch.Tensor]) -> None:
     """Puts the mean over all processes in place of each tensor, in one transfer per kind of tensor."""
     for group in _alike(tensors):
+        if group[0].is_sparse:
+            for tensor in group:
+                dist.all_reduce(tensor)
+                tensor.div_(world_size())
+            continue
         flat = _flattened(group)
         dist.all_reduce(flat)
         _unflatten(flat.div_(world_size()), group)
@@ -142,7 +153,7 @@ def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
 def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        groups.setdefault((tensor.device, tensor.dtype, tensor.is_sparse), []).append(tensor)
     return list(groups.values())
 
 

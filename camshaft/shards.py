@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from camshaft.distributed import everyones, first_ones, host_group, is_writer, rank
+from camshaft.distributed import everyones, first_ones, host_group, is_split, is_writer, rank
 from camshaft.files import LITTER, MANIFEST, BadFile, load_checked, save_durably, sync_folder
 
 __all__ = ["load_manifest", "load_shards", "save_shards"]
@@ -38,7 +38,7 @@ def save_shards(content: Mapping[str, Any], path: Path) -> None:
     The order is that of a file: a temporary folder beside it, each file flushed to the disk, the manifest last, a rename.
 
     Args:
-        content: tensors, sharded or not, and plain values.
+        content: tensors, sharded or not, and plain values. Those that aren't sharded are written as rank 0 has them.
         path: the folder; one that is there gives way.
 
     Raises:
@@ -47,6 +47,8 @@ def save_shards(content: Mapping[str, Any], path: Path) -> None:
     temporary = path.parent / f"{LITTER}{path.name}.tmp"
     held: dict[str, torch.Tensor] = {}
     rest = taken_apart({key: content[key] for key in ("phases", "handlers")}, "", held)
+    if not is_writer():  # DCP would take a BatchNorm's statistics from whichever process has the least to write
+        held = {name: tensor for name, tensor in held.items() if is_split(tensor)}
     problem = _attempt(lambda: _begin(temporary))
     if problem is None:
         try:
@@ -60,9 +62,12 @@ def save_shards(content: Mapping[str, Any], path: Path) -> None:
         except CheckpointException as error:  # on every process at once
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(f"the parts of {path} could not be written: {_first_line(error)}") from error
-        sums = _gathered_sums(temporary)
-        problem = _attempt(lambda: _end(temporary, path, {**content, **rest, "files": sums}))
+        sums, problem = _gathered_sums(temporary)
+        if problem is None:
+            problem = _attempt(lambda: _end(temporary, path, {**content, **rest, "files": sums}))
     if problem is not None:
+        if is_writer():
+            shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(problem)
 
 
@@ -105,14 +110,19 @@ def _first_line(error: BaseException) -> str:
     return found[0] if found else str(error)
 
 
-def _gathered_sums(folder: Path) -> dict[str, list[int]]:
-    """Each file's size and CRC-32, summed up by the process that wrote it."""
-    own = [
-        path for path in folder.iterdir() if path.name.startswith(f"__{rank()}_") or (is_writer() and path.name == ".metadata")
-    ]
-    sums = {path.name: [path.stat().st_size, checksum(path)] for path in own}
-    parts = everyones(sums) if dist.is_initialized() else [sums]
-    return {name: value for part in parts for name, value in part.items()}
+def _gathered_sums(folder: Path) -> tuple[dict[str, list[int]], str | None]:
+    """Each file's size and CRC-32, summed up by the process that wrote it; and what went wrong on any of them."""
+    sums: dict[str, list[int]] = {}
+    problem = None
+    try:
+        for path in folder.iterdir():
+            if path.name.startswith(f"__{rank()}_") or (is_writer() and path.name == ".metadata"):
+                sums[path.name] = [path.stat().st_size, checksum(path)]
+    except OSError as error:  # the others wait for these sums
+        problem = f"rank {rank()} could not read again what it has written: {error}"
+    parts = everyones((sums, problem)) if dist.is_initialized() else [(sums, problem)]
+    problems = [text for _, text in parts if text is not None]
+    return {name: value for part, _ in parts for name, value in part.items()}, problems[0] if problems else None
 
 
 def checksum(path: Path) -> int:
@@ -146,13 +156,14 @@ def load_manifest(path: Path) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def load_shards(path: Path, manifest: dict[str, Any], reference: Reference) -> dict[str, Any]:
-    """The whole content of a folder; every process must call it, and reads of sharded tensors its own part alone.
+def load_shards(path: Path, manifest: dict[str, Any], reference: Reference, *, together: bool = True) -> dict[str, Any]:
+    """The whole content of a folder; of sharded tensors each process reads its own part alone.
 
     Args:
         path: the folder.
-        manifest: what :func:`load_manifest` gave.
+        manifest: what :func:`load_manifest` gave, or as much of it as is wanted.
         reference: by the name of a tensor, one that is sharded as it is to be here, or ``None`` for a whole one.
+        together: where several processes train, every one of them calls this, and an error of one is an error of all.
     """
     targets: dict[str, torch.Tensor] = {}
 
@@ -166,7 +177,7 @@ def load_shards(path: Path, manifest: dict[str, Any], reference: Reference) -> d
 
     content = {**manifest, **{key: put_together(manifest[key], target) for key in ("phases", "handlers")}}
     try:
-        if dist.is_initialized():
+        if together and dist.is_initialized():
             load(targets, storage_reader=_Reader(path), process_group=host_group())
         else:
             with warnings.catch_warnings():

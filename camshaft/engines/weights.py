@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
+from camshaft.distributed import everyones, first_ones, is_split, is_writer, replica, split_like, whole
 from camshaft.engines.checks import check_same_keys
 from camshaft.files import BadFile, load_checked, save_durably
 from camshaft.modules import fitted, unwrap
+from camshaft.shards import load_manifest, load_shards
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -19,6 +24,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     The file replaces an older one atomically, and any ``torch.load(path, weights_only=True)`` reads it.
 
+    Of several processes, call it on every one: the first alone writes. Where FSDP2 has split the weights, they are brought
+    together for it, and all wait until the file is there; under DDP nobody waits.
+
     Args:
         model: any module.
         path: the file; its folder is made where it isn't there.
@@ -27,7 +35,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        OSError: where it can't be written.
+        OSError: where it can't be written; under FSDP2 on every process.
 
     Example:
         >>> import tempfile
@@ -36,17 +44,51 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> load_weights(model, path)
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_durably(dict(unwrap(model).state_dict()), path)
+    state = dict(unwrap(model).state_dict())
+    if any(is_split(value) for value in state.values()):
+        write_together(state, path)
+    elif is_writer() or replica(model) is None:
+        write(state, path)
     return path
+
+
+def write(state: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_durably(dict(state), path)
+
+
+def write_together(state: Mapping[str, Any], path: Path) -> None:
+    """Has the first process write tensors of which each holds a part.
+
+    Raises:
+        OSError: on every process, where the first one can't write.
+    """
+    held: dict[str, Any] = {}
+    for name, value in state.items():
+        value = whole(value)
+        if is_writer():  # one after the other, so that no device has to hold them all
+            held[name] = value.detach().cpu() if isinstance(value, torch.Tensor) else value
+    error: OSError | None = None
+    if is_writer():
+        try:
+            write(held, path)
+        except OSError as failure:
+            error = failure
+    problem = first_ones(None if error is None else str(error))
+    if problem is not None:
+        raise error or OSError(f"rank 0 could not write the weights: {problem}")
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads weights into a model, wrapped or not; a trainer's checkpoint will do, too, and gives its first phase's model.
 
+    Every process that has the model must call it; each reads the file. Where FSDP2 has split the weights, each keeps its
+    part, and what goes wrong on one is an error on all.
+
     Args:
         model: the module; its parameters stay on their device.
-        path: a file from :func:`save_weights`, ``torch.save(model.state_dict())`` or a checkpoint.
+        path: a file from :func:`save_weights`, ``torch.save(model.state_dict())`` or a checkpoint, be it a file or the
+            folder of a sharded one.
 
     Raises:
         RuntimeError: where the file isn't there, is damaged or holds more than tensors and plain values.
@@ -57,13 +99,50 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> path = save_weights(nn.Linear(3, 2), tempfile.mkdtemp() + "/linear.pt")
         >>> load_weights(nn.DataParallel(nn.Linear(3, 2)), path)
     """
-    path = Path(path)
+    inner = unwrap(model)
+    own = inner.state_dict()
+    is_shared = any(is_split(value) for value in own.values())
+    saved: dict[str, Any] = {}
+    error: Exception | None = None
+    try:
+        saved = fitted(read(Path(path), own), own)
+        check_same_keys(saved, own, f"this {type(inner).__name__}")
+    except (OSError, RuntimeError, ValueError) as failure:
+        error = failure
+    for number, problem in enumerate(everyones(None if error is None else str(error)) if is_shared else ()):
+        if error is None and problem is not None:
+            error = BadFile(f"rank {number} could not load the weights: {problem}")
+    if error is not None:
+        raise error
+    inner.load_state_dict({name: split_like(value, own[name]) for name, value in saved.items()})
+
+
+def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a file or of a checkpoint's first phase; of a folder those that are split are read as ``own`` has them.
+
+    Raises:
+        BadFile: where there are none.
+    """
+    if path.is_dir():
+        return read_folder(path, own)
     content = load_checked(path, sealed=False)
     if isinstance(content, dict) and "phases" in content:
         content = next(iter(content["phases"].values()))["module"]
     if not isinstance(content, dict):
         raise BadFile(f"{path} holds a {type(content).__name__}, not a state dict")
-    inner = unwrap(model)
-    saved = fitted(content, inner.state_dict())
-    check_same_keys(saved, inner.state_dict(), f"this {type(inner).__name__}")
-    inner.load_state_dict(saved)
+    if any(is_split(value) and not is_split(own.get(name)) for name, value in content.items()):
+        raise BadFile(
+            f"{path} holds one process's part of a model under fully_shard; call save_weights(model, path) on every rank"
+        )
+    return content
+
+
+def read_folder(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of the first phase of a sharded checkpoint."""
+    manifest = load_manifest(path)
+    name, phase = next(iter(manifest["phases"].items()))
+    wanted = {"phases": {name: {"module": phase["module"]}}, "handlers": {}}
+    start = f"/phases/{name}/module/"
+    content = load_shards(path, wanted, lambda place: own.get(place.removeprefix(start)), together=False)
+    found: dict[str, Any] = content["phases"][name]["module"]
+    return found

@@ -1,0 +1,108 @@
+"""More scenes: weights' files, evaluation, averages, curves and errors of one process alone."""
+
+from typing import Any
+
+import torch
+from scenes import OUT, bare, error_of, furthest, main, rank, scene, sharded, shared, trainer_of, weights, world, wrapped
+from scenes import loader as batches_of
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import camshaft.shards
+from camshaft import CheckpointRotation, load_weights, save_weights
+
+
+def other() -> nn.Module:
+    model = bare()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    return model
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    return furthest(weights(one), weights(two)) == 0.0
+
+
+# -- files of weights -----------------------------------------------------------------------------------------------------
+
+
+@scene
+def weights_of_a_split_model() -> Any:
+    """From a model under ``fully_shard`` into a whole one, and the other way."""
+    source, path = sharded(), OUT / "split" / "weights.pt"
+    save_weights(source, path)
+    content = torch.load(path, weights_only=True)
+    plain, split = other(), fully_shard(other())
+    load_weights(plain, path)
+    load_weights(split, path)
+    return {
+        "kinds": sorted({type(value).__name__ for value in content.values()}),
+        "into a plain one": same(plain, source),
+        "into a split one": same(split, source),
+    }
+
+
+@scene
+def weights_of_checkpoints() -> Any:
+    """Into a whole and a split model, from the folder and from the file of a trainer under ``fully_shard``."""
+    found = {}
+    for kind in ("folder", "file"):
+        model = sharded()
+        trainer = trainer_of(model)
+        checkpoints = CheckpointRotation(OUT / f"weights of a {kind}", sharded=kind == "folder").attach(trainer)
+        trainer.run(batches_of())
+        plain, split = other(), fully_shard(other())
+        load_weights(plain, checkpoints.last)
+        load_weights(split, checkpoints.last)
+        found[kind] = same(plain, model), same(split, model)
+    return found
+
+
+@scene
+def weights_that_cannot_be_used() -> Any:
+    """A file that is missing on one process alone, a folder that can't be written, and another model."""
+    path = OUT / "weights.pt"
+    save_weights(wrapped(bare()), path)
+    shared(None)
+    (OUT / "a file").write_text("")
+    return {
+        "missing": error_of(lambda: load_weights(sharded(), path if rank() == 0 else OUT / "missing.pt")),
+        "no folder": error_of(lambda: save_weights(sharded(), OUT / "a file" / "weights.pt")),
+        "another": error_of(lambda: load_weights(fully_shard(nn.Linear(2, 2)), path)),
+    }
+
+
+@scene
+def one_file_under_ddp() -> Any:
+    """Each process names another file; the first one's alone is there."""
+    save_weights(wrapped(bare()), OUT / f"by-{rank()}.pt")
+    shared(None)
+    return sorted(path.name for path in OUT.glob("by-*.pt"))
+
+
+# -- sharded checkpoints --------------------------------------------------------------------------------------------------
+
+
+@scene
+def sums_that_fail_on_one() -> Any:
+    """A disk that can't read again what has been written."""
+    folder, true = OUT / "sums", camshaft.shards.checksum
+
+    def checksum(path: Any) -> int:
+        if rank() == world() - 1:
+            raise OSError(5, "Input/output error", str(path))
+        return true(path)
+
+    trainer = trainer_of(sharded())
+    CheckpointRotation(folder, sharded=True).attach(trainer)
+    camshaft.shards.checksum = checksum
+    try:
+        error = error_of(lambda: trainer.run(batches_of(), max_epochs=2))
+    finally:
+        camshaft.shards.checksum = true
+    return {"error": error, "litter": sorted(path.name for path in folder.iterdir() if path.is_dir())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Two real processes over gloo: weights' files, evaluation, averages, curves and errors of one process alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from test_processes import found
+
+SCENES = Path(__file__).parent / "scenes_more.py"
+STORIES = {
+    "more": (
+        "weights_of_a_split_model",
+        "weights_of_checkpoints",
+        "weights_that_cannot_be_used",
+        "one_file_under_ddp",
+        "sums_that_fail_on_one",
+    ),
+}
+
+
+def start(out, scenes, world=2):
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", SCENES, out, *scenes]
+    with (out / "log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=300, check=False).returncode
+
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory):
+    """By story: the folder with what each process has found; each is run once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def tell(story):
+        out = base / f"{story}-more"
+        with FileLock(f"{out}.lock"):
+            if not (out / "code").exists():
+                (out / "code").write_text(str(start(out, STORIES[story])))
+        return out
+
+    return tell
+
+
+# -- files of weights -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_a_split_model_are_a_file_for_any(told):
+    for seen in found(told("more"), "weights_of_a_split_model"):
+        assert seen == {"kinds": ["Tensor"], "into a plain one": True, "into a split one": True}
+
+
+def test_weights_come_out_of_checkpoints_of_a_split_model(told):
+    for seen in found(told("more"), "weights_of_checkpoints"):
+        assert seen == {"folder": (True, True), "file": (True, True)}
+
+
+def test_weights_that_one_cannot_use_are_an_error_on_all(told):
+    first, second = found(told("more"), "weights_that_cannot_be_used")
+    assert first["missing"].startswith("BadFile: rank 1 could not load the weights")
+    assert "missing.pt isn't there" in first["missing"]
+    assert "missing.pt isn't there" in second["missing"]
+    assert second["no folder"].startswith("OSError: rank 0 could not write the weights")
+    assert "the file is of another model" in second["another"]
+
+
+def test_under_ddp_the_first_process_alone_writes_weights(told):
+    for seen in found(told("more"), "one_file_under_ddp"):
+        assert seen == ["by-0.pt"]
+
+
+# -- sharded checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_sums_that_fail_on_one_are_an_error_on_all_and_leave_no_litter(told):
+    for seen in found(told("more"), "sums_that_fail_on_one"):
+        assert seen["error"].startswith("OSError")
+        assert "rank 1 could not read again what it has written" in seen["error"]
+        assert seen["litter"] == []
