@@ -71,7 +71,7 @@ class _Ahead:
 
     def __init__(self, batches: Iterator[Any], prefetch: Prefetch, fetched: bool = False) -> None:
         self.batches, self.prefetch = batches, prefetch
-        self.stream = torch.cuda.Stream(prefetch.device) if prefetch.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(prefetch.device) if prefetch.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.batch: Any = None
         self.error: Exception | None = None
         self.began = fetched
@@ -97,7 +97,7 @@ class _Ahead:
         self.prefetch.ahead = self.prefetch.look()
         try:
             batch = next(self.batches)
-            with torch.cuda.stream(self.stream):  # type: ignore[arg-type]  # None is no stream, and does nothing
+            with torch.cuda.stream(self.stream):  # does nothing for None
                 self.batch = to_device(batch, self.prefetch.device, non_blocking=True)
         except Exception as error:
             self.error = error

@@ -173,6 +173,8 @@ def pass_is_spent(trainer: Trainer) -> bool:
     """Whether the present pass over the data has given all that it has."""
     state, taken = trainer.state, trainer.place.taken(trainer.state.iteration)
     length = length_of(state.dataloader)
+    if length is None and trainer.together is not None:  # a process may have more data than others, with which an epoch ends
+        return trainer.place.has_ended
     if length is None and trainer.length_is_learned:
         length = state.epoch_length
     return length is not None and taken >= length

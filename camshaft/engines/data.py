@@ -35,11 +35,13 @@ class DataPlace:
         self._data: Any = None
         self._prefetch: Prefetch | None = None
         self._dealt: list[int] = []
+        self.has_ended = False
+        """Whether the present pass is known to have no more: it has been asked in vain."""
 
     def begin(self, data: Iterable[Any] | None, iteration: int, epoch: int) -> None:
         """Notes that a new pass over ``data`` is about to begin, at this iteration and in this epoch."""
         data = self._see_through(data)
-        self._data, self._began = data, iteration
+        self._data, self._began, self.has_ended = data, iteration, False
         for part in _parts(data):
             if isinstance(part, SeededDataset):
                 part.set_epoch(epoch)
@@ -106,7 +108,7 @@ class DataPlace:
             state: what :meth:`state_dict` gave.
             iteration: the iteration after which it was written.
         """
-        data = self._see_through(data)
+        data, self.has_ended = self._see_through(data), False
         self._dealt = list(state.get("dealt", ()))
         if state["spent"]:
             _restore_own(data, state["own"])

@@ -254,6 +254,8 @@ class Phase:
     def abandon_window(self) -> None:
         """Throws away what the open window has gathered."""
         self.window.close()
+        if self.replicas is not None:
+            self.replicas.forget()
         self._refusals.clear()
         self.zero_grad()
         if self.scaler is not None and self.scaler._scale is not None:
@@ -405,7 +407,7 @@ class Phase:
         if part == "optimizers" and place[1] == "state":
             held: list[torch.Tensor] = [p for group in self.optimizers[int(place[0])].param_groups for p in group["params"]]
             return held[int(place[2])]
-        return None
+        return self.parameters()[int(place[1])] if part == "window" and place[0] == "gradients" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave and :meth:`check_state_dict` has found fitting."""
@@ -414,7 +416,8 @@ class Phase:
         for saved, optimizer in zip(state["optimizers"], self.optimizers, strict=True):
             held = [p for group in optimizer.param_groups for p in group["params"]]
             parts = {n: {name: split_like(v, held[n]) for name, v in part.items()} for n, part in saved["state"].items()}
-            optimizer.load_state_dict({**saved, "state": parts})
+            groups = [with_kernels_of(*pair) for pair in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
+            optimizer.load_state_dict({"state": parts, "param_groups": groups})
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         part = stateful(self.objective)
@@ -427,12 +430,19 @@ class Phase:
 
     def _load_window(self, window: Mapping[str, Any] | None) -> None:
         self.window.close()
+        if self.replicas is not None:
+            self.replicas.forget()
         self.zero_grad()
         if window is None:
             return
         self.window.load_state_dict(window)
         for parameter, gradient in zip(self.parameters(), window["gradients"], strict=True):
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+            parameter.grad = None if gradient is None else split_like(gradient.to(parameter.device), parameter)
+
+
+def with_kernels_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's parameter group with the present choice of kernels: they are no part of what has been learned."""
+    return {**saved, **{name: group[name] for name in ("foreach", "fused") if name in group}}
 
 
 def has_own_zero_grad(optimizer: Optimizer) -> bool:

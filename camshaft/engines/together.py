@@ -32,11 +32,14 @@ class Together:
         self.wish_to_stop: str | None = None
         self.wish_to_skip_completed = False
         self.wish_to_end_epoch = False
+        self.wish_to_interrupt = False
         self.failures = Failures()
         """Where each process writes down why it has left."""
+        trainer.add_event_handler_at(1001, Events.STARTED, self.decide)
         trainer.add_event_handler_at(1001, Events.EPOCH_STARTED, self.decide)
         trainer.add_event_handler_at(Place.AGREE, Events.ITERATION_COMPLETED, self.decide)
         trainer.add_event_handler_at(Place.AGREE, Events.EPOCH_COMPLETED, self.decide)
+        trainer.add_event_handler_at(Place.AGREE + 1, Events.EPOCH_COMPLETED, self.check_same)
 
     def begin(self) -> None:
         """Sees at the beginning of a run that every process is about to do the same.
@@ -45,10 +48,12 @@ class Together:
             RuntimeError: where a model is trained that isn't wrapped, or the processes have different plans; names both.
         """
         trainer, state = self.trainer, self.trainer.state
-        self.wish_to_stop, self.wish_to_end_epoch, self.wish_to_skip_completed = None, False, False
+        self.wish_to_stop = None
+        self.wish_to_end_epoch = self.wish_to_skip_completed = self.wish_to_interrupt = False
         for phase in trainer.phases.values():
             check_wrapped(phase)
-            phase.replicas = Replicas(phase)
+            phase.replicas = phase.replicas or Replicas(phase)
+            phase.replicas.checked = False
         plan = {
             "the number of batches (epoch_length)": state.epoch_length,
             "max_epochs": state.max_epochs,
@@ -80,10 +85,11 @@ class Together:
             self.wish_to_stop is not None,
             self.wish_to_skip_completed,
             self.wish_to_end_epoch,
+            self.wish_to_interrupt,
             trainer.exit_code or 0,
             *(handler.wish(trainer) for handler in wishing),
         ]
-        stop, skip_completed, end_epoch, exit_code, *granted = agreed([int(wish) for wish in wishes])
+        stop, skip_completed, end_epoch, interrupt, exit_code, *granted = agreed([int(wish) for wish in wishes])
         for handler, grant in zip(wishing, granted, strict=True):
             handler.granted = bool(grant)
         trainer.exit_code = exit_code or None
@@ -98,6 +104,20 @@ class Together:
         if end_epoch:
             self.wish_to_end_epoch = False
             Engine.terminate_epoch(trainer)
+        if interrupt:
+            self.wish_to_interrupt = False
+            Engine.interrupt(trainer)
+
+    def check_same(self) -> None:
+        """Sees after an epoch that every process has the same weights."""
+        for phase in self._phases():
+            phase.replicas.check_same()
+
+    def leave(self) -> None:
+        """Leaves the models as they were before the run, however it has ended."""
+        for phase in self._phases():
+            if phase.replicas is not None:
+                phase.replicas.leave()
 
     def _is_held_up(self) -> bool:
         """Whether an open window has gradients that FSDP2 can't reduce any more; the wishes wait for its end."""

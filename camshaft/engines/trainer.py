@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events, State
 from torch.utils.data import DataLoader
 
-from camshaft.distributed import pass_together, world_size
+from camshaft.distributed import Failures, pass_together, world_size
 from camshaft.engines.checkpoint import content_of, is_finished, restore
 from camshaft.engines.data import DataPlace
 from camshaft.engines.epoch_metrics import restore_metrics
@@ -117,7 +118,7 @@ class Trainer(LoopEngine):
     @property
     def length_is_known(self) -> bool:
         """Whether it is sure how many batches there are before the data stops."""
-        return self.batches_left != float("inf")
+        return self.state.epoch_length is not None
 
     @property
     def window_is_open(self) -> bool:
@@ -195,39 +196,44 @@ class Trainer(LoopEngine):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if world_size() > 1 and self.together is None:
             self.together = Together(self)
-        if self._internal_run_generator is not None:  # interrupted: goes on inside the same epoch
-            self._run_together(data, max_epochs, max_iters, epoch_length)
-            self._exit_if_asked()
-            return self.state
-        if self._restored is not None:
-            if is_finished(self, self._restored, data, max_epochs, max_iters):
-                return self.state
-            max_epochs = max_iters = None
-        else:
-            self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
-        self.was_asked_to_stop = False
-        resumed = self._restored is not None
-        self._run_together(data, max_epochs, max_iters, epoch_length)
+        limits = max_epochs, max_iters
+        with self._naming_whoever_fails():
+            goes_on = self._internal_run_generator is not None  # interrupted: inside the same epoch
+            resumed = self._restored is not None and not goes_on
+            if resumed:
+                if is_finished(self, self._restored, data, *limits):  # type: ignore[arg-type]
+                    return self.state
+                limits = None, None
+            elif not goes_on:
+                self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
+            self.was_asked_to_stop = self.was_asked_to_stop and goes_on
+            super().run(data, *limits, epoch_length)
         ended = self._internal_run_generator is None
         self._exit_if_asked()
-        if ended and not resumed and not self.was_asked_to_stop and self._steps_tried() == self._steps_before:
+        if ended and not resumed and not goes_on and not self.was_asked_to_stop and self._steps_tried() == self._steps_before:
             raise RuntimeError(
                 f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
                 "every window was dropped by partial_window='drop'"
             )
         return self.state
 
-    def _run_together(self, *arguments: Any) -> None:
-        """Ignite's run; where other processes run too, an exception that comes of one's failure names that one."""
+    @contextmanager
+    def _naming_whoever_fails(self) -> Iterator[None]:
+        """Where other processes run too, an exception that comes of one's failure names that one."""
+        if self.together is None:
+            yield
+            return
+        if self._internal_run_generator is None:
+            self.together.failures = Failures()
         try:
-            super().run(*arguments)
+            yield
         except BaseException as error:
-            if self.together is None:
-                raise
             cause = self.together.failures.leave(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
             if cause is error:
                 raise
             raise cause from error
+        finally:
+            self.together.leave()
 
     def _exit_if_asked(self) -> None:
         code, self.exit_code = self.exit_code, None  # where the exit is caught, the next run is an ordinary one
@@ -258,6 +264,13 @@ class Trainer(LoopEngine):
             self.together.wish_to_end_epoch = True
             return
         super().terminate_epoch(*arguments, **keywords)
+
+    def interrupt(self) -> None:
+        """Holds the run up after the present iteration, as Ignite does; the next :meth:`run` goes on there."""
+        if self.together is not None and self.is_running:
+            self.together.wish_to_interrupt = True
+            return
+        super().interrupt()
 
     def explain(self, *, speed: bool = False) -> str:
         """The cycle as it will run, as text: each event, its handlers in order, their filters and what they change.
@@ -352,7 +365,7 @@ class Trainer(LoopEngine):
 
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)
-        self.length_is_learned = True
+        self.length_is_learned = self.place.has_ended = True
 
     @staticmethod
     def _is_done(state: State) -> bool:

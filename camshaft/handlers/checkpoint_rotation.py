@@ -154,7 +154,7 @@ class CheckpointRotation(Handler):
         """The events that ask, and the moments at which saving comes last of all."""
         yield from super().listeners()
         for event in self.every:
-            yield Listener(event, self.request, Place.SAVE - 1)
+            yield Listener(event, self.request, Place.AGREE - 1)
         yield Listener(Events.ITERATION_COMPLETED(self._is_due), self.settle, Place.SAVE)
         yield Listener(Events.EPOCH_COMPLETED, self.settle_epoch, Place.SAVE)
         if self.watch is not None:
@@ -191,8 +191,12 @@ class CheckpointRotation(Handler):
     def settle(self, engine: Any) -> None:
         """Saves what has been asked for, unless a window is open."""
         self.writer.settle()
-        self._requested = self.wish(engine) if engine.together is None else self.granted
-        if self._requested and not engine.window_is_open:
+        if engine.together is None:
+            due = self._requested = self.wish(engine)
+        else:
+            due = self.granted
+            self._requested = self._requested or due  # of one asked for since, the others know after the next iteration
+        if due and not engine.window_is_open:
             self._save()
 
     def settle_epoch(self, engine: Any) -> None:
@@ -210,6 +214,8 @@ class CheckpointRotation(Handler):
         if wanted:
             self._save()
         self.writer.wait()
+        if engine.together is not None:
+            agreed([0])  # nobody leaves before the file is there
 
     def _look_at_score(self, engine: Any) -> None:
         """Notes a new score, and asks for a checkpoint where it is among the best."""
@@ -220,6 +226,8 @@ class CheckpointRotation(Handler):
             return
         step = next(iter(engine.phases.values())).optimizer_step
         self._score = step + engine.window_is_open, score  # inside a window it goes to the checkpoint at the window's end
+        if not is_writer():  # the first process knows what the folder holds
+            return
         ranked = best_first(self.index.entries, self.mode)[: self.keep_best]
         among = len(ranked) < self.keep_best or any(
             (score > entry.score) if self.mode == "max" else (score < entry.score)
@@ -237,19 +245,25 @@ class CheckpointRotation(Handler):
     def save(self) -> Path | None:
         """Writes a checkpoint now, or inside a run at the end of the open window, after every other handler.
 
-        In a handler of ``EXCEPTION_RAISED`` it is written now, for no window's end is to come.
+        In a handler of ``EXCEPTION_RAISED`` it is written now, for no window's end is to come; of several processes, others may
+        never come to it, so that this is an error there.
 
         Returns:
             The file; ``None`` where it is still to come.
 
         Raises:
-            RuntimeError: where the handler isn't attached.
+            RuntimeError: where the handler isn't attached, or several processes would wait for each other after an exception.
         """
         if self.engine is None:
             raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
         if self.engine.is_running and self.engine.last_event_name != Events.EXCEPTION_RAISED:
             self.request()
             return None
+        if self.engine.is_running and self.engine.together is not None:
+            raise RuntimeError(
+                "save() in EXCEPTION_RAISED would wait for the other processes, which may never come to it; resume from the "
+                "last checkpoint, and save more often (every=, every_minutes=)"
+            )
         return self._save()
 
     def _save(self) -> Path | None:

@@ -6,12 +6,15 @@ import signal
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from ignite.engine import Engine
 from ignite.metrics import Accuracy, Loss
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +27,7 @@ from camshaft import (
     EarlyStopping,
     Events,
     LRHistory,
+    LRScheduling,
     NonFiniteGuard,
     Progress,
     StopOnSignal,
@@ -276,7 +280,236 @@ def sharded_weighed_by_samples() -> Any:
     return weights(model)
 
 
+@scene
+def sharded_with_a_limit_of_iterations() -> Any:
+    """The data ends inside a window before the limit is reached."""
+    model = sharded()
+    trainer = trainer_of(model, accumulation_steps=4)
+    trainer.run(iter_of(list(loader())), max_iters=10)
+    return weights(model) | {"steps": torch.tensor(trainer.state.optimizer_step)}
+
+
+@scene
+def parameters_beside_the_shards() -> Any:
+    """Part of the model is sharded, the rest and the loss have parameters of which FSDP2 doesn't know."""
+    model = bare()
+    if world() > 1:
+        fully_shard(model[0])
+    return {f"model.{name}": value for name, value in with_a_loss_of_its_own(model).items()}
+
+
+@scene
+def parameters_beside_the_wrapper() -> Any:
+    return with_a_loss_of_its_own(wrapped(bare()))
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(y_pred * self.temperature, y)
+
+
+def with_a_loss_of_its_own(model: nn.Module) -> dict[str, torch.Tensor]:
+    loss_fn = Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss_fn.parameters()], lr=0.1)
+    create_trainer(model, optimizer, loss_fn, accumulation_steps=4).run(loader(), max_epochs=2)
+    return weights(model) | {"temperature": loss_fn.temperature.detach()}
+
+
+# -- what comes after -----------------------------------------------------------------------------------------------------
+
+
+def left_by_an_exception(wrap: Any) -> float:
+    """How far a second run goes astray after a first one that has failed inside a window on every process."""
+    ends = []
+    for fails in (False, True):
+        trainer = trainer_of(wrap(bare()), accumulation_steps=4)
+        if fails:
+            trainer.add_event_handler(Events.ITERATION_STARTED(once=3), raise_here)
+            error_of(lambda trainer=trainer: trainer.run(loader()))
+            trainer.remove_event_handler(raise_here, Events.ITERATION_STARTED)
+            trainer.state.iteration = trainer.state.epoch = 0
+        trainer.run(loader(), max_epochs=2)
+        ends.append(weights(trainer.lead.module))
+    return furthest(*ends)
+
+
+def raise_here() -> None:
+    raise ValueError("everywhere")
+
+
+@scene
+def run_again_after_an_exception() -> Any:
+    return {"ddp": left_by_an_exception(wrapped), "fsdp": left_by_an_exception(lambda model: fully_sharded(model))}
+
+
+@scene
+def a_loop_of_ones_own_after_a_run() -> Any:
+    """Stopped inside a window; then a plain backward pass, which must be reduced."""
+    model = wrapped(bare())
+    trainer = trainer_of(model, accumulation_steps=4)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate)
+    trainer.run(loader())
+    model.zero_grad()
+    model(torch.full((4, FEATURES), 1.0 + rank()).double()).square().mean().backward()
+    return [p.grad for p in model.parameters()]
+
+
+@scene
+def interrupted_by_one() -> Any:
+    trainer = trainer_of(wrapped(bare()))
+    if rank() == world() - 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), trainer.interrupt)
+    with trainer_can_be_interrupted():
+        trainer.run(loader(), max_epochs=2)
+        held_up = trainer.state.iteration
+        trainer.run(loader(), max_epochs=2)
+    return {"held up": held_up, "iteration": trainer.state.iteration}
+
+
+@contextmanager
+def trainer_can_be_interrupted() -> Any:
+    before, Engine.interrupt_resume_enabled = Engine.interrupt_resume_enabled, True
+    try:
+        yield
+    finally:
+        Engine.interrupt_resume_enabled = before
+
+
+@scene
+def asked_to_stop_at_the_start() -> Any:
+    trainer = trainer_of(wrapped(bare()))
+    if rank() == world() - 1:
+        trainer.add_event_handler(Events.STARTED, lambda e: e.terminate(reason="not today"))
+    state = trainer.run(loader())
+    return {"iteration": state.iteration, "epoch": state.epoch}
+
+
+@scene
+def failing_twice() -> Any:
+    """The second failure is told of, and not the first one again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trainer, errors = trainer_of(wrapped(bare())), []
+    for text, where in (("first", (0, 1)), ("second", (1,))):
+        failing = partial(fail_on, where, text)
+        trainer.add_event_handler(Events.ITERATION_STARTED, failing)
+        errors.append(error_of(lambda: trainer.run(loader())))
+        trainer.remove_event_handler(failing, Events.ITERATION_STARTED)
+        trainer.state.iteration = trainer.state.epoch = 0
+    return errors
+
+
+def fail_on(where: Any, text: str) -> None:
+    if rank() in where:
+        raise ValueError(text)
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@scene
+def saved_inside_a_run() -> Any:
+    """Which checkpoints there are when an epoch begins, by when they are asked for."""
+    return {
+        name: saves_by_epoch(OUT / f"saved-{name}", every)
+        for name, every in (("epochs", Events.EPOCH_COMPLETED), ("iterations", Events.ITERATION_COMPLETED(every=5)))
+    }
+
+
+def saves_by_epoch(folder: Path, every: Any) -> list[list[int]]:
+    trainer = trainer_of(wrapped(bare()))
+    checkpoints = CheckpointRotation(folder, keep_last=9, every=every).attach(trainer)
+    saves = lambda: [entry.iteration for entry in checkpoints.index.entries]  # noqa: E731
+    seen: list[list[int]] = []
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda: seen.append(saves()))
+    trainer.run(loader(), max_epochs=3)
+    return [*seen, saves()]
+
+
+@scene
+def saved_behind() -> Any:
+    trainer = trainer_of(wrapped(bare()))
+    checkpoints = CheckpointRotation(OUT / "behind", background=True).attach(trainer)
+    trainer.run(loader())
+    return str(checkpoints.last)
+
+
+@scene
+def saved_on_an_exception() -> Any:
+    trainer = trainer_of(wrapped(bare()))
+    checkpoints = CheckpointRotation(OUT / "refused").attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), raise_here)
+    told = []
+    trainer.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: told.append(error_of(checkpoints.save)))
+    error_of(lambda: trainer.run(loader()))
+    return told[0]
+
+
+@scene
+def a_checkpoint_inside_a_window_of_shards() -> Any:
+    trainer, told = trainer_of(fully_sharded(bare()), accumulation_steps=4), []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: told.append(error_of(trainer.checkpoint)))
+    trainer.run(loader())
+    return told[0]
+
+
+class EachItsOwn(nn.Module):
+    """Which half is used depends on the pass and on the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = nn.ModuleList(nn.Linear(FEATURES, CLASSES).double() for _ in range(2))
+        self.passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.halves[(self.passes + rank()) % 2](x)
+
+
+def stopped_and_resumed(stop: int, make: Any, data: Any, after: Any = lambda model: None, **options: Any) -> float:
+    """How far the weights end from those of a run that wasn't stopped."""
+    folder = Path(shared(tempfile.mkdtemp(dir=OUT) if rank() == 0 else None))
+    ends = []
+    for part in ("whole", "stopped", "resumed"):
+        torch.manual_seed(1)
+        model = make()
+        trainer = trainer_of(model, accumulation_steps=3)
+        checkpoints = CheckpointRotation(folder / part.replace("resumed", "stopped"), **options).attach(trainer)
+        if part == "stopped":
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=stop), trainer.terminate)
+        if part == "resumed":
+            checkpoints.resume("auto")
+            after(model)
+        trainer.run(data(), max_epochs=3)
+        ends.append(weights(model))
+    return furthest(ends[0], ends[2])
+
+
+@scene
+def resumed_where_gradients_differ() -> Any:
+    def after(model: Any) -> None:
+        model.module.passes = 2
+
+    make = lambda: DistributedDataParallel(EachItsOwn(), find_unused_parameters=True)  # noqa: E731
+    return stopped_and_resumed(2, make, lambda: list(loader()), after)
+
+
+@scene
+def resumed_inside_a_window_of_shards() -> Any:
+    """Of data of unknown length, so that the gradients have travelled already."""
+    data = lambda: iter_of(list(loader()))  # noqa: E731
+    return {kind: stopped_and_resumed(2, lambda: fully_sharded(bare()), data, sharded=kind) for kind in (False, True)}
+
+
+@scene
+def resumed_at_the_end_of_an_epoch_that_another_ends() -> Any:
+    data = lambda: iter_of(list(loader())[: 5 + 2 * min(rank(), 1)])  # noqa: E731
+    return {stop: stopped_and_resumed(stop, lambda: wrapped(bare()), data) for stop in (5, 10)}
 
 
 def noisy(wrap: Any) -> nn.Module:
@@ -414,6 +647,25 @@ def a_wrapper_that_is_passed_by() -> str:
     model = wrapped(bare())
     trainer = create_trainer(model, sgd(model), None, compute_loss=lambda m, batch: masked(m.module, batch))
     return error_of(lambda: trainer.run(loader()))
+
+
+@scene
+def a_schedule_of_one_alone() -> str:
+    trainer = trainer_of(wrapped(bare()))
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.lead.optimizers[0], patience=0)
+    LRScheduling(schedule, metric="score").attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=float(-e.state.epoch * rank())))
+    return error_of(lambda: trainer.run(loader(), max_epochs=4))
+
+
+@scene
+def unfrozen_after_wrapping() -> str:
+    """DDP knows nothing of the parameters that were frozen when it was made."""
+    model = bare()
+    model[0].requires_grad_(False)
+    trainer = trainer_of(wrapped(model))
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: model[0].requires_grad_(True))
+    return error_of(lambda: trainer.run(loader(), max_epochs=3))
 
 
 @scene

@@ -26,6 +26,9 @@ NUMBERS = (
     "metrics_of_all",
     "sharded_accumulation",
     "sharded_weighed_by_samples",
+    "sharded_with_a_limit_of_iterations",
+    "parameters_beside_the_shards",
+    "parameters_beside_the_wrapper",
 )
 DECISIONS = (
     "reductions",
@@ -34,8 +37,29 @@ DECISIONS = (
     "a_score_of_one_alone",
     "a_limit_of_one_alone",
     "a_guard_that_raises",
+    "interrupted_by_one",
+    "asked_to_stop_at_the_start",
 )
-MISTAKES = ("a_model_that_is_not_wrapped", "batches_of_other_number", "a_handler_on_one_alone", "a_wrapper_that_is_passed_by")
+AFTERWARDS = (
+    "run_again_after_an_exception",
+    "a_loop_of_ones_own_after_a_run",
+    "saved_inside_a_run",
+    "saved_behind",
+    "saved_on_an_exception",
+    "a_checkpoint_inside_a_window_of_shards",
+    "resumed_where_gradients_differ",
+    "resumed_inside_a_window_of_shards",
+    "resumed_at_the_end_of_an_epoch_that_another_ends",
+    "failing_twice",
+)
+MISTAKES = (
+    "a_model_that_is_not_wrapped",
+    "batches_of_other_number",
+    "a_handler_on_one_alone",
+    "a_wrapper_that_is_passed_by",
+    "a_schedule_of_one_alone",
+    "unfrozen_after_wrapping",
+)
 STORIES = {
     ("numbers", 1): NUMBERS,
     ("numbers", 2): (*NUMBERS, *DECISIONS, *MISTAKES, "who_writes", "signalled_to_one"),
@@ -46,6 +70,7 @@ STORIES = {
         "resumed_from_a_whole_file_of_shards",
         "leave_shards",
     ),
+    ("afterwards", 2): AFTERWARDS,
     ("raised", 2): ("raised_by_one",),
     ("raised", 3): ("raised_by_one",),
     ("killed", 2): ("killed_by_one",),
@@ -143,6 +168,18 @@ def test_a_time_limit_of_one_ends_all_with_the_window(told, world):
     assert seen == [{"iteration": 4, "steps": 2}] * world
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_an_interruption_of_one_is_one_of_all(told, world):
+    seen = found(told("numbers", world), "interrupted_by_one", world)
+    assert seen == [{"held up": 3, "iteration": 14}] * world
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_stop_that_is_asked_for_at_the_start_comes_before_the_first_iteration(told, world):
+    seen = found(told("numbers", world), "asked_to_stop_at_the_start", world)
+    assert seen == [{"iteration": 0, "epoch": 0}] * world
+
+
 def test_sigterm_to_one_ends_all_with_the_window_and_a_checkpoint(told):
     out = told("numbers", 2)
     seen = found(out, "signalled_to_one")
@@ -165,6 +202,24 @@ def test_a_process_that_is_killed_is_missed_by_the_other(told):
     assert not (out / "killed_by_one-1.pt").exists()
 
 
+def test_a_second_failure_is_told_of_and_not_the_first_again(told):
+    first, second = found(told("afterwards", 2), "failing_twice")
+    assert [first[0], *second] == ["ValueError: first", "ValueError: first", "ValueError: second"]
+    assert "rank 1 failed in epoch 1, iteration 1: ValueError: second" in first[1]
+
+
+# -- what comes after -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_window_that_an_exception_has_cut_short_comes_into_the_next_run(told):
+    assert found(told("afterwards", 2), "run_again_after_an_exception") == [{"ddp": 0.0, "fsdp": 0.0}] * 2
+
+
+def test_gradients_travel_again_after_a_run_that_was_stopped_inside_a_window(told):
+    first, second = found(told("afterwards", 2), "a_loop_of_ones_own_after_a_run")
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +230,8 @@ def test_a_process_that_is_killed_is_missed_by_the_other(told):
         ("batches_of_other_number", "the number of batches"),
         ("a_handler_on_one_alone", "the attached handlers"),
         ("a_wrapper_that_is_passed_by", "their gradients have not travelled"),
+        ("a_schedule_of_one_alone", "the learning rates of phase 'model' differ: [0.01"),
+        ("unfrozen_after_wrapping", "unfreeze what will be trained, before you wrap it"),
     ],
 )
 def test_a_mistake_is_an_error_on_every_process(told, scene, text):
@@ -215,6 +272,44 @@ def test_a_resumed_run_is_exact_between_windows_and_to_rounding_inside(told):
         assert list(gaps) == list(range(1, 14))
         assert {stop: gap for stop, gap in gaps.items() if stop in (3, 6, 7, 10, 13) and gap != 0} == {}
         assert max(gaps.values()) < 1e-14
+
+
+def test_checkpoints_are_written_when_they_are_asked_for(told):
+    for seen in found(told("afterwards", 2), "saved_inside_a_run"):
+        assert seen["epochs"] == [[], [7], [7, 14], [7, 14, 21]]
+        assert seen["iterations"] == [[], [5], [5, 10], [5, 10, 15, 20, 21]]
+
+
+def test_nobody_leaves_before_a_checkpoint_behind_training_is_there(told):
+    first, second = found(told("afterwards", 2), "saved_behind")
+    assert first == second
+    assert first.endswith("step-00000007.pt")
+
+
+@pytest.mark.parametrize(
+    ("scene", "text"),
+    [
+        ("saved_on_an_exception", "would wait for the other processes, which may never come to it"),
+        ("a_checkpoint_inside_a_window_of_shards", "FSDP2 has gradients of it that have not been reduced"),
+    ],
+)
+def test_a_checkpoint_that_can_not_be_had_is_an_error(told, scene, text):
+    for error in found(told("afterwards", 2), scene):
+        assert error.startswith("RuntimeError")
+        assert text in error
+
+
+def test_a_window_in_which_each_process_has_other_gradients_is_resumed(told):
+    assert found(told("afterwards", 2), "resumed_where_gradients_differ") == [pytest.approx(0, abs=1e-14)] * 2
+
+
+def test_a_window_of_shards_whose_gradients_have_travelled_is_resumed(told):
+    for gaps in found(told("afterwards", 2), "resumed_inside_a_window_of_shards"):
+        assert gaps == {False: pytest.approx(0, abs=1e-14), True: pytest.approx(0, abs=1e-14)}
+
+
+def test_an_epoch_that_ends_because_another_process_has_no_more_data_is_resumed_at_its_end(told):
+    assert found(told("afterwards", 2), "resumed_at_the_end_of_an_epoch_that_another_ends") == [{5: 0.0, 10: 0.0}] * 2
 
 
 @pytest.mark.parametrize("scene", ["resumed_from_shards", "resumed_from_a_whole_file_of_shards"])
