@@ -10,7 +10,7 @@ from ignite.engine import Events
 from runs import Noisy, make_run, make_small
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
-from camshaft import CheckpointRotation, EarlyStopping, StepEvents
+from camshaft import CheckpointRotation, EarlyStopping, StepEvents, create_trainer
 from camshaft.testing import assert_resumes_exactly
 
 pytestmark = pytest.mark.usefixtures("collected")
@@ -276,3 +276,19 @@ def test_a_run_that_stopped_early_is_over(tmp_path):
     run()
     assert (again.state.epoch, again.state.stop_reason) == (3, first.state.stop_reason)
     assert again.handlers["CheckpointRotation"].last.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("kernels", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_the_optimizers_kernels_are_those_of_the_new_run(tmp_path, kernels):
+    def trained(epochs, **chosen):
+        model = torch.nn.Linear(6, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **chosen)
+        trainer = create_trainer(model, optimizer, torch.nn.functional.cross_entropy)
+        CheckpointRotation(tmp_path).attach(trainer).resume("auto")
+        trainer.run([(torch.ones(2, 6), torch.tensor([0, 2]))] * 2, max_epochs=epochs)
+        return optimizer
+
+    trained(1)
+    again = trained(2, **kernels)
+    assert {name: again.param_groups[0][name] for name in kernels} == kernels
+    assert next(iter(again.state.values()))["step"] == 4
