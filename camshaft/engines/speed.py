@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from camshaft.engines.gains import Gain, Measure, gain_of_form, gain_of_passes, has_form, measured, parameters_of
 from camshaft.engines.gains import start_of_workers as start
 from camshaft.engines.phase import Phase, has_own_zero_grad
+from camshaft.prefetch import Prefetch
 
 if TYPE_CHECKING:
     from camshaft.engines.trainer import Trainer
@@ -184,8 +185,8 @@ def about_data(data: Any, device: torch.device, non_blocking: bool, epochs: int 
         non_blocking: whether they are copied so.
         epochs: how many the run has.
     """
-    prefetched = type(data).__name__ == "Prefetch"
-    loader = getattr(data, "loader", data) if prefetched else data
+    prefetched = isinstance(data, Prefetch)
+    loader = data.loader if prefetched else data
     if isinstance(loader, DataLoader):
         yield from about_workers(loader, epochs)
     if device.type != "cuda" or data is None:
@@ -195,7 +196,7 @@ def about_data(data: Any, device: torch.device, non_blocking: bool, epochs: int 
         yield Advice("DataLoader(..., pin_memory=True)", why, is_taken=bool(loader.pin_memory))
         if loader.pin_memory and not non_blocking:
             yield Advice("non_blocking=True", "batches are pinned, but the copy to the GPU waits all the same")
-    yield Advice("camshaft.Prefetch(loader, device=...)", "a batch is copied when its step begins", is_taken=prefetched)
+    yield Advice("Prefetch(loader, device)", "a batch is copied when its step begins", is_taken=prefetched)
 
 
 def about_workers(loader: DataLoader[Any], epochs: int | None) -> Iterator[Advice]:

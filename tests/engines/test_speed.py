@@ -291,7 +291,7 @@ def test_workers_are_not_advised_where_each_would_give_every_sample():
 
 def test_a_gpu_wants_pinned_batches_fetched_ahead():
     found = words(about_data(DataLoader(picture_data(), 4, num_workers=1), CUDA, non_blocking=True, epochs=1))
-    assert found == ["DataLoader(..., pin_memory=True)", "camshaft.Prefetch(loader, device=...)"]
+    assert found == ["DataLoader(..., pin_memory=True)", "Prefetch(loader, device)"]
 
 
 def test_pinned_batches_want_copies_that_do_not_wait():
@@ -320,7 +320,7 @@ def test_a_gpu_has_settings_of_its_own():
     trainer = trainer_of(picture_trainer().lead.module.cuda(), loss_fn=nn.functional.cross_entropy)
     trainer.run(DataLoader(picture_data(), 4))
     text = said(trainer)
-    assert all(word in text for word in ("torch.backends.cudnn.benchmark = True", "pin_memory=True", "camshaft.Prefetch"))
+    assert all(word in text for word in ("torch.backends.cudnn.benchmark = True", "pin_memory=True", "Prefetch"))
 
 
 # -- several phases ---------------------------------------------------------------------------------------------------
