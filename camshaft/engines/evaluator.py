@@ -11,7 +11,7 @@ from ignite.metrics import Metric
 from torch import nn
 
 from camshaft.batches import prepare_pair
-from camshaft.distributed import copy_from_first, everyones, is_sharded, replica, world_size
+from camshaft.distributed import copy_from_first, everyones, is_sharded, is_split, pass_together, replica, world_size
 from camshaft.engines.checks import check_device, name_of
 from camshaft.engines.data import length_of
 from camshaft.engines.loop import LoopEngine
@@ -36,7 +36,8 @@ def create_evaluator(
     """Makes an engine that runs the model over data in inference mode and computes metrics.
 
     The training flag of every submodule, and every random generator, are afterwards as they were before, however the run
-    ends. Frozen BatchNorm layers stay frozen.
+    ends. Frozen BatchNorm layers stay frozen. Of several processes each evaluates its part, with the buffers of the first;
+    under ``fully_shard`` all need as many batches, and data of unknown length ends where the first of them has no more.
 
     Args:
         model: the network, on its device already.
@@ -108,27 +109,45 @@ class Evaluator(LoopEngine):
     def __init__(self, process_function: Callable[[Engine, Any], Any], model: nn.Module) -> None:
         super().__init__(process_function)
         self.model = model
+        self._ends_together = self._has_learned = False
 
     def run(self, *args: Any, **kwargs: Any) -> State:
         """Evaluates over the data, as :meth:`ignite.engine.Engine.run` runs."""
+        if self._has_learned and self._internal_run_generator is None:  # other data, or a pass that gives more
+            self.state.epoch_length, self._has_learned = None, False
+        self._ends_together = False
+        sharded = is_sharded(self.model)
         if world_size() > 1:
-            self._bring_together(args[0] if args else kwargs.get("data"))
-        with kept_training_flags(self.model), kept_rng(), torch.inference_mode():
+            self._bring_together(args[0] if args else kwargs.get("data"), kwargs.get("epoch_length"), sharded)
+        # FSDP2 makes the tensors that training will use at the first pass, which mustn't be inference tensors
+        with kept_training_flags(self.model), kept_rng(), torch.no_grad() if sharded else torch.inference_mode():
             self.model.eval()
             return super().run(*args, **kwargs)
 
-    def _bring_together(self, data: Any) -> None:
+    def _bring_together(self, data: Any, epoch_length: int | None, sharded: bool) -> None:
         """Gives every process the buffers (BatchNorm's statistics) of the first, as DDP does before a step.
 
+        Where FSDP2 takes every process for each batch, data of unknown length is to end on all of them at once.
+
         Raises:
-            ValueError: where FSDP2, whose forward pass takes all processes, would have some wait for ever.
+            ValueError: where some would have the others wait for ever.
         """
-        if not is_sharded(self.model):
-            copy_from_first(self.model.buffers())
+        copy_from_first(buffer for buffer in self.model.buffers() if not is_split(buffer))
+        if not sharded:
             return
-        lengths = everyones(length_of(data))
+        lengths = everyones(length_of(data) if epoch_length is None else epoch_length)
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"a model under fully_shard takes every process for each batch, but they have {lengths} batches to evaluate; "
                 "give each as many (DistributedSampler does)"
             )
+        self._ends_together = lengths[0] is None
+
+    def _setup_dataloader_iter(self) -> None:
+        super()._setup_dataloader_iter()
+        if self._ends_together and self._dataloader_iter is not None:
+            self._dataloader_iter = pass_together(self._dataloader_iter)
+
+    def _learn_epoch_length(self, length: int) -> None:
+        super()._learn_epoch_length(length)
+        self._has_learned = True

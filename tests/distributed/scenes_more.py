@@ -3,13 +3,28 @@
 from typing import Any
 
 import torch
-from scenes import OUT, bare, error_of, furthest, main, rank, scene, sharded, shared, trainer_of, weights, world, wrapped
+from scenes import (
+    OUT,
+    bare,
+    error_of,
+    furthest,
+    iter_of,
+    main,
+    rank,
+    scene,
+    sharded,
+    shared,
+    trainer_of,
+    weights,
+    world,
+    wrapped,
+)
 from scenes import loader as batches_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import camshaft.shards
-from camshaft import CheckpointRotation, load_weights, save_weights
+from camshaft import CheckpointRotation, create_evaluator, load_weights, save_weights
 
 
 def other() -> nn.Module:
@@ -102,6 +117,47 @@ def sums_that_fail_on_one() -> Any:
     finally:
         camshaft.shards.checksum = true
     return {"error": error, "litter": sorted(path.name for path in folder.iterdir() if path.is_dir())}
+
+
+@scene
+def statistics_of_the_first() -> Any:
+    """BatchNorm's mean, which each process gathers from its own batches, before and after an evaluation and a save."""
+    torch.manual_seed(1)
+    model = fully_shard(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).double())
+    trainer = trainer_of(model)
+    checkpoints = CheckpointRotation(OUT / "statistics", sharded=True).attach(trainer)
+    trainer.run(batches_of())
+    means = {"own": model[0].running_mean.clone()}
+    checkpoints.resume(checkpoints.last)
+    means["loaded"] = model[0].running_mean.clone()
+    with torch.no_grad():
+        model[0].running_mean.add_(rank())
+    create_evaluator(model).run(batches_of())
+    return means | {"evaluated": model[0].running_mean.clone()}
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------------
+
+
+@scene
+def evaluated_before_the_first_step() -> Any:
+    """How far the weights of a split model are from those of one that wasn't evaluated before it was trained."""
+    trained = []
+    for is_evaluated in (False, True):
+        model = sharded()
+        if is_evaluated:
+            create_evaluator(model).run(batches_of())
+        trainer_of(model).run(batches_of())
+        trained.append(weights(model))
+    return furthest(*trained)
+
+
+@scene
+def evaluated_over_data_of_unknown_length() -> Any:
+    """How many batches each process takes, where one has more of them; twice, by one evaluator."""
+    evaluator, batches = create_evaluator(sharded()), list(batches_of())
+    counts = [evaluator.run(iter_of(batches[: least + rank()])).iteration for least in (2, 4)]
+    return counts, error_of(lambda: evaluator.run(batches[: 2 + rank()]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from test_processes import found
 
@@ -17,6 +18,9 @@ STORIES = {
         "weights_that_cannot_be_used",
         "one_file_under_ddp",
         "sums_that_fail_on_one",
+        "statistics_of_the_first",
+        "evaluated_before_the_first_step",
+        "evaluated_over_data_of_unknown_length",
     ),
 }
 
@@ -80,3 +84,24 @@ def test_sums_that_fail_on_one_are_an_error_on_all_and_leave_no_litter(told):
         assert seen["error"].startswith("OSError")
         assert "rank 1 could not read again what it has written" in seen["error"]
         assert seen["litter"] == []
+
+
+def test_batch_norms_statistics_are_those_of_the_first_in_checkpoints_and_evaluation(told):
+    first, second = found(told("more"), "statistics_of_the_first")
+    assert not torch.equal(first["own"], second["own"])
+    for seen in (first, second):
+        assert torch.equal(seen["loaded"], first["own"])
+        assert torch.equal(seen["evaluated"], first["own"])
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_model_can_be_evaluated_before_its_first_step(told):
+    assert found(told("more"), "evaluated_before_the_first_step") == [0.0, 0.0]
+
+
+def test_evaluation_of_a_split_model_ends_where_the_first_process_has_no_more(told):
+    for counts, error in found(told("more"), "evaluated_over_data_of_unknown_length"):
+        assert counts == [2, 4]
+        assert "they have [2, 3] batches to evaluate" in error

@@ -154,3 +154,15 @@ def test_a_prepare_batch_that_gives_no_pair_is_named():
     with pytest.raises(TypeError, match=r"prepare_batch \(.*three\) must give \(x, y\), got \(1, 2, 3\)") as caught:
         create_evaluator(linear(), prepare_batch=three).run(batches(1))
     assert caught.value.__notes__ == ["camshaft: in epoch 1, iteration 1"]
+
+
+def test_a_run_over_data_of_unknown_length_takes_all_of_it_whatever_the_last_one_took():
+    class Unknown:
+        def __init__(self, count):
+            self.count = count
+
+        def __iter__(self):
+            return iter(batches(self.count))
+
+    evaluator = create_evaluator(linear())
+    assert [evaluator.run(Unknown(count)).iteration for count in (2, 4, 3)] == [2, 4, 3]
