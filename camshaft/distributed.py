@@ -194,8 +194,12 @@ def shards(module: nn.Module) -> list[Any]:
 
 # -- what became of the others --------------------------------------------------------------------------------------------
 
-LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
-"""What an error says that comes from another process's leaving."""
+TALK = re.compile(
+    r"\bgloo[/\\]|ProcessGroup(Gloo|NCCL)|\bNCCL (error|communicator|operation)|collective operation|monitoredBarrier"
+)
+"""What an error says that has come up between the processes: gloo's texts begin with the place in its source."""
+GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process|communicator was aborted", re.IGNORECASE)
+"""What such a one says where another process has left."""
 PATIENCE = 3.0
 """For so many seconds a process that has lost another one asks what became of it."""
 
@@ -218,12 +222,12 @@ class Failures:
             ``error`` itself, which is written down for the others; or, where it came of another process's failure, a
             ``RuntimeError`` that names that one.
         """
-        if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
+        found = self._read() if came_between(error) else None
+        if found is None and came_between(error) and GONE.search(str(error)):
+            found = "another process has left the run without a word (killed, or out of memory?)"
+        if found is None:
             self._write(f"rank {rank()} failed {where}: {type(error).__name__}: {error}")
             return error
-        found = self._read()
-        if found is None:
-            found = "another process has left the run without a word (killed, or out of memory?)"
         named = RuntimeError(f"{found}; rank {rank()} can't go on without it, {where}")
         named.__cause__ = error
         return named
@@ -245,6 +249,11 @@ class Failures:
                 return None
             time.sleep(0.05)
         return None
+
+
+def came_between(error: BaseException) -> bool:
+    """Whether an error has come up between the processes, so that another one's failure may be behind it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and TALK.search(str(error)) is not None)
 
 
 def _store() -> Any:

@@ -1,5 +1,6 @@
 """More scenes: weights' files, evaluation, averages, curves and errors of one process alone."""
 
+import signal
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from scenes import loader as batches_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+import camshaft.distributed
 import camshaft.shards
-from camshaft import CheckpointRotation, create_evaluator, load_weights, save_weights
+from camshaft import CheckpointRotation, Events, create_evaluator, load_weights, save_weights
+from camshaft.distributed import Failures
 
 
 def other() -> nn.Module:
@@ -158,6 +161,35 @@ def evaluated_over_data_of_unknown_length() -> Any:
     evaluator, batches = create_evaluator(sharded()), list(batches_of())
     counts = [evaluator.run(iter_of(batches[: least + rank()])).iteration for least in (2, 4)]
     return counts, error_of(lambda: evaluator.run(batches[: 2 + rank()]))
+
+
+# -- what became of the others --------------------------------------------------------------------------------------------
+
+
+@scene
+def a_time_out_that_nobody_explains() -> Any:
+    """The processes wait for each other in vain; then one of them hears what the other one has written down."""
+    waited = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to complete")
+    camshaft.distributed.PATIENCE = 0.1
+    failures = Failures()
+    own = failures.leave(waited, "in epoch 1") if rank() == 0 else None
+    shared(None)
+    theirs = failures.leave(waited, "in epoch 1") if rank() == 1 else None
+    return {"own": own is waited, "theirs": str(theirs)}
+
+
+@scene
+def an_error_that_only_sounds_like_a_loss() -> str:
+    """One process's own error."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
+    trainer = trainer_of(wrapped(bare()))
+
+    @trainer.on(Events.ITERATION_STARTED(once=3))
+    def fail(engine: Any) -> None:
+        if rank() == 1:
+            raise RuntimeError("the socket of the data server timed out")
+
+    return error_of(lambda: trainer.run(batches_of()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ STORIES = {
         "statistics_of_the_first",
         "evaluated_before_the_first_step",
         "evaluated_over_data_of_unknown_length",
+        "a_time_out_that_nobody_explains",
     ),
+    "lost": ("an_error_that_only_sounds_like_a_loss",),
 }
 
 
@@ -105,3 +107,18 @@ def test_evaluation_of_a_split_model_ends_where_the_first_process_has_no_more(to
     for counts, error in found(told("more"), "evaluated_over_data_of_unknown_length"):
         assert counts == [2, 4]
         assert "they have [2, 3] batches to evaluate" in error
+
+
+# -- what became of the others --------------------------------------------------------------------------------------------
+
+
+def test_an_error_between_processes_stays_what_it_is_where_nobody_has_written_down_another(told):
+    first, second = found(told("more"), "a_time_out_that_nobody_explains")
+    assert first["own"]
+    assert second["theirs"].startswith("rank 0 failed in epoch 1: RuntimeError: [/gloo/")
+
+
+def test_an_error_that_only_sounds_like_a_loss_is_named_by_both(told):
+    first, second = found(told("lost"), "an_error_that_only_sounds_like_a_loss")
+    assert second == "RuntimeError: the socket of the data server timed out"
+    assert "rank 1 failed in epoch 1, iteration 3: RuntimeError: the socket of the data server timed out" in first
