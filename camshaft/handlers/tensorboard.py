@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from camshaft.batches import length
 from camshaft.board import CYCLE, ENDED, finished, layout
-from camshaft.distributed import is_writer, local, world_size
+from camshaft.distributed import agreed, everyones, is_writer, local, world_size
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
 
 __all__ = ["TensorBoard"]
@@ -46,7 +47,8 @@ class TensorBoard(Handler):
     ``train/lr/<group>``), ``train/grad_norm`` where it is measured (the last), ``train/samples_per_second``, the entries of a
     mapping from ``compute_loss`` or a GAN as ``train/<name>``, and ``state.metrics`` under their names. What is shown is
     gathered on the device, and the points of about a second are fetched in one transfer and written together. A resumed run
-    goes on in the same folder. Of several processes the first writes, and losses and samples are those of all.
+    goes on in the same folder. Of several processes the first writes, and losses and samples are those of all; an entry that
+    only some of them have is averaged over these.
 
     Args:
         log_dir: the folder of this run.
@@ -173,7 +175,8 @@ class TensorBoard(Handler):
         point = Point(state.optimizer_step, time.time(), losses, self._batches, self._samples, values)
         self._losses, self._batches, self._samples = [], 0, 0
         if self._world > 1:
-            point = self._summed(point, [f"train/{name}" for name, _ in flat(state.losses)])
+            named = {f"train/{name}" for name, _ in flat(state.losses)}
+            point = self._summed(point, named, engine.phases[state.phase].device)
         if self.writer is None:
             return
         self._points.append(point)
@@ -181,16 +184,22 @@ class TensorBoard(Handler):
         if self._held >= HOLD_TENSORS or self._seconds + time.perf_counter() - self._since >= HOLD_SECONDS:
             self._hand_over()
 
-    def _summed(self, point: Point, named: list[str]) -> Point:
-        """A point of all processes: losses and samples summed, named losses averaged, in one transfer from device to device."""
-        own = [*point.losses, *(torch.as_tensor(point.values[name]) for name in named)]
-        device = own[0].device if own else torch.device("cpu")
-        loss = torch.stack(point.losses).sum() if point.losses else torch.zeros((), device=device)
-        parts = [loss, torch.tensor(float(point.samples)), *own[len(point.losses) :]]
-        summed = torch.stack([part.to(device, torch.float64).reshape(()) for part in parts])
+    def _summed(self, point: Point, named: set[str], device: torch.device) -> Point:
+        """A point of all processes: losses and samples summed, named losses averaged, in one transfer from device to device.
+
+        A name that some processes don't have is averaged over those that do.
+        """
+        names, is_everywhere = names_of_all(named)
+        has = [name in named for name in names]
+        own = [point.values[name] if here else 0.0 for name, here in zip(names, has, strict=True)]
+        loss = torch.stack(point.losses).sum() if point.losses else 0.0
+        parts = [loss, float(point.samples), *own, *([] if is_everywhere else map(float, has))]
+        summed = torch.stack([torch.as_tensor(part).detach().to(device, torch.float64).reshape(()) for part in parts])
         dist.all_reduce(summed)
-        values = point.values | dict(zip(named, (summed[2:] / self._world).float(), strict=True))
+        count = self._world if is_everywhere else summed[2 + len(names) :]
+        means = (summed[2 : 2 + len(names)] / count).float()
         losses = [summed[0].float()] if point.losses else []
+        values = point.values | dict(zip(names, means, strict=True))
         return point._replace(losses=losses, batches=point.batches * self._world, samples=summed[1], values=values)
 
     def _hand_over(self) -> None:
@@ -316,6 +325,19 @@ class TensorBoard(Handler):
         finally:
             self.writer.close()
             self.writer = None
+
+
+def names_of_all(names: set[str]) -> tuple[list[str], bool]:
+    """The names that any process has, in one order for all of them, and whether every process has them all.
+
+    The processes compare a number that is made of their names, and send these only where it differs.
+    """
+    own = sorted(names)
+    print_of_own = int.from_bytes(blake2b("\n".join(own).encode(), digest_size=7).digest(), "big")
+    largest, smallest = agreed([print_of_own, -print_of_own])
+    if largest == -smallest:
+        return own, True
+    return sorted({name for part in everyones(own) for name in part}), False
 
 
 def flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from scenes import (
     furthest,
     iter_of,
     main,
+    masked,
     rank,
     scene,
     sharded,
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 
 import camshaft.distributed
 import camshaft.shards
-from camshaft import CheckpointRotation, Events, create_evaluator, load_weights, save_weights
+from camshaft import CheckpointRotation, Events, TensorBoard, create_evaluator, load_weights, save_weights
 from camshaft.distributed import Failures
 
 
@@ -161,6 +162,30 @@ def evaluated_over_data_of_unknown_length() -> Any:
     evaluator, batches = create_evaluator(sharded()), list(batches_of())
     counts = [evaluator.run(iter_of(batches[: least + rank()])).iteration for least in (2, 4)]
     return counts, error_of(lambda: evaluator.run(batches[: 2 + rank()]))
+
+
+# -- curves ---------------------------------------------------------------------------------------------------------------
+
+
+def with_names_of_its_own(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    """Named losses in another order on each process, and one that the second alone has, from its third batch on."""
+    loss = masked(model, batch)
+    with_names_of_its_own.calls += 1
+    zero = loss.detach() * 0
+    if rank() == 0:
+        return {"loss": loss, "one": zero + 1, "two": zero + 2}
+    extra = {"extra": zero + 5} if with_names_of_its_own.calls > 2 else {}
+    return {"loss": loss, "two": zero + 4, **extra, "one": zero + 1}
+
+
+with_names_of_its_own.calls = 0
+
+
+@scene
+def curves_of_other_names() -> int:
+    trainer = trainer_of(wrapped(bare()), compute_loss=with_names_of_its_own)
+    TensorBoard(OUT / "curves", every=1).attach(trainer)
+    return trainer.run(batches_of()).optimizer_step
 
 
 # -- what became of the others --------------------------------------------------------------------------------------------

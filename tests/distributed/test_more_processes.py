@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_processes import found
 
 SCENES = Path(__file__).parent / "scenes_more.py"
@@ -21,6 +22,7 @@ STORIES = {
         "statistics_of_the_first",
         "evaluated_before_the_first_step",
         "evaluated_over_data_of_unknown_length",
+        "curves_of_other_names",
         "a_time_out_that_nobody_explains",
     ),
     "lost": ("an_error_that_only_sounds_like_a_loss",),
@@ -107,6 +109,20 @@ def test_evaluation_of_a_split_model_ends_where_the_first_process_has_no_more(to
     for counts, error in found(told("more"), "evaluated_over_data_of_unknown_length"):
         assert counts == [2, 4]
         assert "they have [2, 3] batches to evaluate" in error
+
+
+# -- curves ---------------------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_averaged_by_name_over_the_processes_that_have_them(told):
+    out = told("more")
+    assert found(out, "curves_of_other_names") == [7, 7]
+    events = EventAccumulator(str(out / "curves"))
+    events.Reload()
+    points = {name: [(e.step, e.value) for e in events.Scalars(f"train/{name}")] for name in ("one", "two", "extra")}
+    assert points["one"] == [(step, 1.0) for step in range(1, 8)]
+    assert points["two"] == [(step, 3.0) for step in range(1, 8)]
+    assert points["extra"] == [(step, 5.0) for step in range(3, 8)]
 
 
 # -- what became of the others --------------------------------------------------------------------------------------------
