@@ -21,27 +21,27 @@ WINDOW = 4
 """The batches of a window where gradients are accumulated."""
 LOG_EVERY = 10
 """The optimizer steps between two points of a curve."""
-SIZES = {"tiny": (16, 32, 4, 32), "large": (256, 512, 10, 128)}
-"""Inputs, hidden units, classes and samples per batch of each model; a step of the large one takes over 2 ms."""
+SIZES = {"tiny": (16, 32, 4, 32), "large": (256, 512, 10, 128), "wide": (1024, 4096, 1000, 512)}
+SIZES |= {f"{size}, fused": numbers for size, numbers in SIZES.items()}
+"""Inputs, hidden units, classes and samples per batch of each model; a step of the large one takes over 2 ms on a CPU, the wide
+one is for a GPU. The optimizer of a fused one is."""
 LATENT = 8
 """The size of a generator's latents."""
 
 
-class Batches:
+class Batches(list[Any]):
     """The data of a round. It takes the time from its first batch to its last, so that no start-up is counted."""
 
     def __init__(self, batches: list[Any], clock: Callable[[], float]) -> None:
-        self.batches, self.clock = batches, clock
+        super().__init__(batches)
+        self.clock = clock
         self.began = self.ended = 0.0
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         self.began = self.clock()
-        yield from self.batches[:-1]
+        yield from self[:-1]
         self.ended = self.clock()
-        yield self.batches[-1]
+        yield self[-1]
 
     @property
     def per_iteration(self) -> float:
@@ -62,17 +62,22 @@ class Task:
     device: torch.device = torch.device("cpu")
 
 
-def make_task(size: str, batches: int, folder: Path, clock: Callable[[], float] = time.perf_counter) -> Task:
-    """The task of a size, with the same numbers at every call."""
+def make_task(
+    size: str, batches: int, folder: Path, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
+) -> Task:
+    """The task of a size, with the same numbers at every call; for a GPU its batches are in pinned memory."""
     inputs, hidden, classes, samples = SIZES[size]
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes)
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=size.endswith("fused") or None)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9999)
     data = [(torch.randn(samples, inputs), torch.randint(classes, (samples,))) for _ in range(batches)]
-    return Task(model, optimizer, scheduler, Batches(data, clock), folder)
+    if device != "cpu":
+        data = [(x.pin_memory(), y.pin_memory()) for x, y in data]
+    return Task(model, optimizer, scheduler, Batches(data, clock), folder, device=torch.device(device))
 
 
 def make_game(batches: int, folder: Path, clock: Callable[[], float] = time.perf_counter) -> Task:
@@ -202,7 +207,7 @@ def bare_logging(task: Task) -> Round:
 
     def run() -> None:
         model.train()
-        total, step = torch.zeros(()), 0
+        total, step = torch.zeros((), device=device), 0
         with SummaryWriter(os.fspath(task.folder)) as writer, tqdm(total=len(task.batches)) as bar:
             for x, y in task.batches:
                 optimizer.zero_grad()
@@ -235,7 +240,7 @@ def bare_everything(task: Task) -> Round:
 
     def run() -> None:
         model.train()
-        total, step = torch.zeros(()), 0
+        total, step = torch.zeros((), device=device), 0
         with SummaryWriter(os.fspath(task.folder)) as writer, tqdm(total=len(task.batches)) as bar:
             for x, y in task.batches:
                 optimizer.zero_grad()
@@ -312,6 +317,42 @@ def bare_game(steps: int, penalised: bool) -> Callable[[Task], Round]:
     return prepare
 
 
+@contestant("bare loop, captured", needs="triton")
+def bare_captured(task: Task) -> Round:
+    """Forward, backward and step as one CUDA graph, for batches of one shape: as quick as it gets by hand."""
+    model, optimizer, loss_fn, device = task.model, task.optimizer, task.loss_fn, task.device
+    x, y = (part.to(device) for part in task.batches[0])
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    with torch.no_grad():  # as before the first of those steps
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+            optimizer.state[parameter]["momentum_buffer"].zero_()
+
+    def run() -> None:
+        for next_x, next_y in task.batches:
+            x.copy_(next_x, non_blocking=True)
+            y.copy_(next_y, non_blocking=True)
+            graph.replay()
+
+    return run
+
+
 # -- camshaft -------------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +366,25 @@ def camshaft_trainer(task: Task, **options: Any) -> Any:
 def camshaft(task: Task) -> Round:
     """Every event available, nothing attached."""
     trainer = camshaft_trainer(task)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, prefetched")
+def camshaft_prefetched(task: Task) -> Round:
+    """The next batch on its way while the present one is worked on."""
+    from camshaft import Prefetch
+
+    trainer, data = camshaft_trainer(task), Prefetch(task.batches, task.device)
+    return lambda: trainer.run(data, max_epochs=1)
+
+
+@contestant("camshaft, compiled", needs="triton")
+def camshaft_compiled(task: Task) -> Round:
+    """The model's own passes as CUDA graphs, by the compiler."""
+    from camshaft import create_trainer
+
+    model = torch.compile(task.model, mode="reduce-overhead")
+    trainer = create_trainer(model, task.optimizer, task.loss_fn)
     return lambda: trainer.run(task.batches, max_epochs=1)
 
 
@@ -376,7 +436,7 @@ def camshaft_everything(task: Task) -> Round:
     LRHistory().attach(trainer)
     ExponentialMovingAverage(0.999).attach(trainer)
     NonFiniteGuard().attach(trainer)
-    Evaluation(evaluator, task.batches.batches[:2]).attach(trainer)
+    Evaluation(evaluator, task.batches[:2]).attach(trainer)
     EarlyStopping("val/loss", mode="min", patience=1_000_000).attach(trainer)
     TensorBoard(task.folder / "curves", every=LOG_EVERY).attach(trainer)
     Progress().attach(trainer)
@@ -629,7 +689,7 @@ def skorch(task: Task) -> Round:
         callbacks=None,
         verbose=0,
     ).initialize()
-    x, y = task.batches.batches[0]
+    x, y = task.batches[0]
     return lambda: net.partial_fit(x, y)
 
 
@@ -695,7 +755,7 @@ def composer(task: Task) -> Round:
         model=Model(),
         optimizers=task.optimizer,
         train_dataloader=task.batches,
-        device_train_microbatch_size=len(task.batches.batches[0][0]),
+        device_train_microbatch_size=len(task.batches[0][0]),
         device="cpu",
         progress_bar=False,
     )

@@ -10,6 +10,7 @@ a machine with nothing else to do, and other programs disturb it little. ``--clo
     OMP_NUM_THREADS=1 python benchmarks/overhead.py           # all of it, four minutes
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --quick   # fewer rounds
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nothing --only large
+    python benchmarks/overhead.py --device cuda               # on a GPU, by the time on the wall, into results/gpu.md
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ sys.path.insert(0, os.fspath(HERE.parent))  # the package beside this folder, in
 import torch  # noqa: E402
 from contestants import CONTESTANTS, COUNTS, GAMES, HELD_BACK, NEEDS, make_game, make_task  # noqa: E402
 
-CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+
+def when_done() -> float:
+    """The time on the wall when the device has nothing left to do."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter, "device": when_done}
 WARM_UP = 2
 """Rounds that aren't counted."""
 
@@ -50,6 +58,7 @@ class Comparison:
     size: str = "tiny"
     batches: int = 100
     rounds: int = 21
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,25 @@ def comparisons() -> Iterator[Comparison]:
     yield Comparison("large, everything", "bare loop, everything", ("camshaft, everything",), size="large", batches=16)
 
 
+def comparisons_on(device: str) -> Iterator[Comparison]:
+    """Every process of the benchmark on a GPU."""
+    for size in ("tiny", "wide"):
+        for kernels in ("", ", fused"):
+            rivals = (
+                "camshaft",
+                "camshaft, prefetched",
+                "camshaft, compiled",
+                "blog template",
+                "bare loop, captured",
+                "Ignite",
+            )
+            for rival in rivals:
+                yield Comparison(f"gpu, {size}{kernels}", "bare loop", (rival,), size=size + kernels, device=device)
+        for rival in ("camshaft, everything", "camshaft, TensorBoard + bar"):
+            baseline = "bare loop, " + rival.split(", ")[1]
+            yield Comparison(f"gpu, {size}, logged", baseline, (rival,), size=size, batches=400, rounds=11, device=device)
+
+
 # -- one comparison, in a process of its own ------------------------------------------------------------------------------
 
 
@@ -123,7 +151,7 @@ def measure(comparison: Comparison, clock: str) -> list[Result]:
             if comparison.size == "game":
                 task = make_game(comparison.batches, own, clock_)
             else:
-                task = make_task(comparison.size, comparison.batches, own, clock_)
+                task = make_task(comparison.size, comparison.batches, own, clock_, comparison.device)
             tasks.append(task)
             rounds.append(CONTESTANTS[name](task))
         times: list[list[float]] = [[] for _ in names]
@@ -197,6 +225,7 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=2, help="how often to measure while the quartiles are far apart")
     parser.add_argument("--only", action="append", metavar="SCENARIO", help="may be given several times")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--device", help="a GPU, such as cuda; by default the CPU")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--picture", type=Path, default=HERE.parent / "docs" / "images" / "benchmark.png")
     parser.add_argument("--comparison", help=argparse.SUPPRESS)
@@ -211,7 +240,9 @@ def main() -> None:
 
     results: list[Result] = []
     skipped: dict[str, Any] = {}
-    for comparison in comparisons():
+    if arguments.device is not None:
+        arguments.clock = "device"
+    for comparison in comparisons() if arguments.device is None else comparisons_on(arguments.device):
         if arguments.only and comparison.scenario not in arguments.only:
             continue
         if arguments.quick:
@@ -230,7 +261,7 @@ def main() -> None:
                 flush=True,
             )
         write(results, skipped, arguments.results, arguments.clock)  # each time: what is there outlasts an interruption
-    if not arguments.only:
+    if not arguments.only and arguments.device is None:
         draw(results, arguments.picture)
 
 

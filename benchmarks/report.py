@@ -23,6 +23,12 @@ TITLES = {
     "game": "A Wasserstein GAN, per discriminator step; the generator has its turn after each, or after every fifth",
     "large": "A model that takes over 2 ms a step",
     "large, everything": "The same with everything attached",
+    "gpu, tiny": "A tiny model on a GPU",
+    "gpu, tiny, fused": "A tiny model on a GPU, the optimizer fused",
+    "gpu, tiny, logged": "A tiny model on a GPU, logged",
+    "gpu, wide": "A wide model on a GPU",
+    "gpu, wide, fused": "A wide model on a GPU, the optimizer fused",
+    "gpu, wide, logged": "A wide model on a GPU, logged",
 }
 BUDGETS = {"nothing": "10 µs", "accumulation": "10 µs", "logging": "30 µs", "game": "15 µs", "large": "1.01 times"}
 """What camshaft may cost."""
@@ -33,7 +39,7 @@ PACKAGES = (
 
 
 def write(results: list[Any], skipped: Mapping[str, str], folder: Path, clock: str) -> None:
-    """Writes ``overhead.md`` and ``overhead.json``."""
+    """Writes ``overhead.md`` and ``overhead.json``, or ``gpu.md`` and ``gpu.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {name: version for name in PACKAGES if (version := version_of(name))}
     content = {
@@ -43,8 +49,9 @@ def write(results: list[Any], skipped: Mapping[str, str], folder: Path, clock: s
         "results": [asdict(result) for result in results],
         "skipped": dict(skipped),
     }
-    (folder / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "overhead.md").write_text("\n".join(lines(results, skipped, versions, clock)) + "\n")
+    name = "gpu" if clock == "device" else "overhead"
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(lines(results, skipped, versions, clock)) + "\n")
 
 
 def version_of(package: str) -> str | None:
@@ -57,12 +64,14 @@ def version_of(package: str) -> str | None:
 
 def lines(results: list[Any], skipped: Mapping[str, str], versions: Mapping[str, str], clock: str) -> list[str]:
     """The page, line by line."""
-    time = "processor time of the process" if clock == "cpu" else "time on the wall"
+    times = {"cpu": "processor time of the process, one thread, on a CPU", "wall": "time on the wall, one thread, on a CPU"}
+    time = times.get(clock, "time on the wall until the GPU is done")
+    command = "python benchmarks/overhead.py --device cuda" if clock == "device" else "make bench"
     page = [
         "# What a loop costs beside its step",
         "",
         f"Microseconds per iteration beside the loop named first: the median of the paired differences over the rounds, and "
-        f"its quartiles; {time}, one thread, on a CPU. Written by `make bench`.",
+        f"its quartiles; {time}. Written by `{command}`.",
         "",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]

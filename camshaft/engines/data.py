@@ -60,11 +60,12 @@ class DataPlace:
             return data
         loader = self._prefetch.loader
         by_others = isinstance(loader, (list, tuple)) or (isinstance(loader, DataLoader) and loader.num_workers > 0)
-        keeps_place = _keeps_place(loader)
+        keeps_place, own = _keeps_place(loader), _own_generators(loader)
 
         def look() -> tuple[Any, ...]:
             rng = None if by_others else raw_rng_state()
-            return rng, _own_states(loader), copy.deepcopy(loader.state_dict()) if keeps_place else None  # type: ignore[attr-defined]
+            state = copy.deepcopy(loader.state_dict()) if keeps_place else None  # type: ignore[attr-defined]
+            return rng, [_generator_state(generator) for generator in own], state
 
         self._prefetch.look = look
         return loader
