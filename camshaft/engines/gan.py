@@ -13,7 +13,7 @@ from camshaft.batches import describe, to_device
 from camshaft.distributed import replica
 from camshaft.engines.checks import check_count, name_of
 from camshaft.engines.gan_losses import loss_pair
-from camshaft.engines.penalties import Penalty, warn_of_batch_norm
+from camshaft.engines.penalties import Penalty, look_at
 from camshaft.engines.phase import Phase
 from camshaft.engines.players import Forging, Judging, Players, penalty_interval
 from camshaft.engines.trainer import Trainer
@@ -98,7 +98,8 @@ def create_gan_trainer(
         loss: ``"wgan"``, ``"hinge"``, ``"non_saturating"``, ``"least_squares"``, or a pair of callables
             ``(discriminator_loss(real_scores, fake_scores), generator_loss(fake_scores))``.
         penalty: one or several of ``GradientPenalty``, ``DRAGAN``, ``R1`` and ``R2``, or any callable
-            ``(critic, real, fake, *conditions) -> scalar``, with an attribute ``every`` where it is to be lazy.
+            ``(critic, real, fake, *conditions) -> scalar``, with an attribute ``every`` where it is to be lazy. Not for a
+            discriminator under ``fully_shard``; wrap it in DDP.
         discriminator_steps: how many discriminator steps come before each generator step.
         conditional: batches are ``(x, y)``, and both networks are called with ``y`` as a second argument.
         device: where batches are moved to; by default where the discriminator's parameters are.
@@ -167,7 +168,7 @@ def create_gan_trainer(
         phase.reduced_by_hand = replica(phase.module) is not None
     trainer = Trainer([lead, follower], output=output)
     if any(isinstance(item, Penalty) for item in penalties):
-        warn_of_batch_norm(discriminator)
+        look_at(discriminator)
 
     if amp is not None:
         MixedPrecision(amp).attach(trainer)

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from camshaft.batches import describe, map_tensors
+from camshaft.distributed import is_sharded
 from camshaft.engines.checks import check_count, name_of
 
-__all__ = ["DRAGAN", "GradientPenalty", "Penalty", "R1", "R2", "gradient_penalty", "warn_of_batch_norm"]
+__all__ = ["DRAGAN", "GradientPenalty", "Penalty", "R1", "R2", "gradient_penalty", "look_at"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -51,7 +52,7 @@ def gradient_penalty(
 
     Raises:
         TypeError: where the samples aren't floating-point tensors or the critic can't be called.
-        ValueError: where shapes don't match, or the critic doesn't give one number per sample.
+        ValueError: where shapes don't match, the critic doesn't give one number per sample, or is under ``fully_shard``.
         RuntimeError: under ``no_grad``, where the penalty could train nothing.
 
     Example:
@@ -282,7 +283,7 @@ def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = (
         raise RuntimeError(
             "a gradient penalty was called under no_grad() or inference_mode(): it needs a graph to train the critic"
         )
-    warn_of_batch_norm(critic)
+    look_at(critic)
     if type(critic).__name__ == "OptimizedModule":
         critic = critic._orig_mod  # torch.compile's backward can't be differentiated again
     points = (points.clone() if points.is_inference() else points.detach()).requires_grad_()
@@ -337,10 +338,20 @@ def bad_scores(scores: Any, samples: int, source: str, where: str = "") -> Excep
 _looked_at: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_batch_norm(critic: Any) -> None:
-    """Warns, once for each critic, where BatchNorm makes a per-sample gradient meaningless."""
+def look_at(critic: Any) -> None:
+    """Looks once at each critic whose gradient is to be penalised, and warns where BatchNorm makes it meaningless.
+
+    Raises:
+        ValueError: where FSDP2 has split it.
+    """
     if not isinstance(critic, nn.Module) or critic in _looked_at:
         return
+    if is_sharded(critic):
+        raise ValueError(
+            f"penalty: the critic {name_of(critic)} is under fully_shard, which lets go of its weights after each pass: the "
+            "gradient of a gradient fails there, or is wrong. Wrap the critic in DistributedDataParallel instead; the "
+            "generator may stay under fully_shard"
+        )
     _looked_at.add(critic)
     names = [name or "itself" for name, part in critic.named_modules() if isinstance(part, _BatchNorm) and part.training]
     if names:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from camshaft.distributed import replica, world_size
 from camshaft.events import Events, Handler, StepEvents, on
 from camshaft.modules import freeze, matching, unfreeze
 
@@ -14,6 +18,7 @@ class FreezeParameters(Handler):
     """Freezes the parameters whose names match, and lets them train again when their time has come.
 
     Frozen parameters have no gradient, so neither momentum nor weight decay moves them, though the optimizer holds them.
+    Under DDP make it with ``find_unused_parameters=True``.
 
     Args:
         patterns: ``fnmatch`` patterns over parameter names, such as ``"encoder.*"``.
@@ -22,7 +27,8 @@ class FreezeParameters(Handler):
         phase: the phase whose model is meant; the first by default.
 
     Raises:
-        ValueError: where a number isn't positive, or at ``attach`` where a pattern matches nothing.
+        ValueError: where a number isn't positive, or at ``attach`` where a pattern matches nothing, or a
+            ``DistributedDataParallel`` would wait for the gradients of what is frozen.
 
     Example:
         >>> frozen = FreezeParameters("encoder.*", until_epoch=3)
@@ -45,6 +51,8 @@ class FreezeParameters(Handler):
         """Freezes them; those that were frozen before stay so for good."""
         self._phase = engine.phases_named(self.phase)[0]
         found = matching(self._phase.module, self.patterns)
+        if world_size() > 1 and not self._phase.reduced_by_hand:
+            check_reduction(replica(self._phase.module), found)
         trainable = {name for name, parameter in found.items() if parameter.requires_grad}
         freeze(self._phase.module, *self.patterns)
         self._held = tuple(sorted(trainable))
@@ -69,6 +77,27 @@ class FreezeParameters(Handler):
         if self._held:
             unfreeze(self._phase.module, *(name.translate(LITERAL) for name in self._held))
         self._held = ()
+
+
+def check_reduction(wrapper: Any, found: Mapping[str, nn.Parameter]) -> None:
+    """Sees that DDP, which settles at its making what travels, can do with parameters that stop training or begin to.
+
+    Args:
+        wrapper: the ``DistributedDataParallel``, if there is one.
+        found: the parameters to be frozen, by name.
+
+    Raises:
+        ValueError: says how to wrap the model.
+    """
+    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    if wrapper is None or not trained:
+        return
+    if wrapper.static_graph or not wrapper.find_unused_parameters:
+        raise ValueError(
+            f"FreezeParameters: DistributedDataParallel waits for the gradients of {', '.join(trained[:3])}, which are to be "
+            "frozen; make it with DistributedDataParallel(model, find_unused_parameters=True), and without static_graph. For "
+            "good, freeze(model, ...) before you wrap it"
+        )
 
 
 LITERAL = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})

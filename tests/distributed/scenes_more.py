@@ -14,6 +14,7 @@ from scenes import (
     masked,
     rank,
     scene,
+    sgd,
     sharded,
     shared,
     trainer_of,
@@ -24,10 +25,22 @@ from scenes import (
 from scenes import loader as batches_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import camshaft.distributed
 import camshaft.shards
-from camshaft import CheckpointRotation, Events, TensorBoard, create_evaluator, load_weights, save_weights
+from camshaft import (
+    R1,
+    CheckpointRotation,
+    Events,
+    FreezeParameters,
+    TensorBoard,
+    create_evaluator,
+    create_gan_trainer,
+    gradient_penalty,
+    load_weights,
+    save_weights,
+)
 from camshaft.distributed import Failures
 
 
@@ -186,6 +199,49 @@ def curves_of_other_names() -> int:
     trainer = trainer_of(wrapped(bare()), compute_loss=with_names_of_its_own)
     TensorBoard(OUT / "curves", every=1).attach(trainer)
     return trainer.run(batches_of()).optimizer_step
+
+
+# -- what a wrapper can't do ----------------------------------------------------------------------------------------------
+
+
+@scene
+def frozen_under_ddp() -> Any:
+    """Without and with the search for unused parameters; the second trains what was frozen from epoch 2 on."""
+    plain = trainer_of(wrapped(bare()))
+    error = error_of(lambda: FreezeParameters("0.*", until_epoch=2).attach(plain))
+    model = DistributedDataParallel(bare(), find_unused_parameters=True)
+    trainer = trainer_of(model)
+    FreezeParameters("0.*", until_epoch=2).attach(trainer)
+    moved = []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: moved.append(not same(model.module[0], bare()[0])))
+    trainer.run(batches_of(), max_epochs=2)
+    return {"error": error, "moved": moved}
+
+
+def players(wrap_generator: Any, wrap_critic: Any, **options: Any) -> Any:
+    torch.manual_seed(3)
+    networks = [
+        wrap_generator(nn.Linear(2, 6).double()),
+        wrap_critic(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()),
+    ]
+    source = torch.Generator().manual_seed(5 + rank())
+
+    def latent(n: int, device: Any) -> torch.Tensor:
+        return torch.randn(n, 2, generator=source, dtype=torch.float64)
+
+    trainer = create_gan_trainer(*networks, *(sgd(n) for n in networks), latent=latent, **options)
+    trainer.run([x for x, _ in batches_of()])
+    return {f"{i}.{name}": p for i, network in enumerate(networks) for name, p in weights(network).items()}
+
+
+@scene
+def penalised_critics() -> Any:
+    """A split critic, which is refused, and a split generator beside a critic under DDP, beside both under DDP."""
+    refused = error_of(lambda: players(fully_shard, fully_shard, penalty=R1()))
+    first = nn.Linear(3, 1)
+    called = error_of(lambda: gradient_penalty(fully_shard(first), torch.ones(4, 3), torch.zeros(4, 3)))
+    mixed, plain = (players(wrap, DistributedDataParallel, penalty=R1()) for wrap in (fully_shard, DistributedDataParallel))
+    return {"refused": refused, "called": called, "gap": furthest(mixed, plain)}
 
 
 # -- what became of the others --------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ STORIES = {
         "evaluated_before_the_first_step",
         "evaluated_over_data_of_unknown_length",
         "curves_of_other_names",
+        "frozen_under_ddp",
+        "penalised_critics",
         "a_time_out_that_nobody_explains",
     ),
     "lost": ("an_error_that_only_sounds_like_a_loss",),
@@ -123,6 +125,26 @@ def test_curves_are_averaged_by_name_over_the_processes_that_have_them(told):
     assert points["one"] == [(step, 1.0) for step in range(1, 8)]
     assert points["two"] == [(step, 3.0) for step in range(1, 8)]
     assert points["extra"] == [(step, 5.0) for step in range(3, 8)]
+
+
+# -- what a wrapper can't do ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_freeze_under_ddp_only_where_it_looks_for_unused_ones(told):
+    for seen in found(told("more"), "frozen_under_ddp"):
+        assert seen["error"].startswith(
+            "ValueError: FreezeParameters: DistributedDataParallel waits for the gradients of 0.weight"
+        )
+        assert "find_unused_parameters=True" in seen["error"]
+        assert seen["moved"] == [False, True]
+
+
+def test_a_split_critic_is_refused_a_penalty_and_a_split_generator_is_not(told):
+    for seen in found(told("more"), "penalised_critics"):
+        for error in (seen["refused"], seen["called"]):
+            assert error.startswith("ValueError: penalty: the critic ")
+            assert "Wrap the critic in DistributedDataParallel" in error
+        assert seen["gap"] < 1e-12
 
 
 # -- what became of the others --------------------------------------------------------------------------------------------
