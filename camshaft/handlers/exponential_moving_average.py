@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from camshaft.distributed import is_sharded, local, split_like
 from camshaft.events import Handler, Place, StepEvents, on
 from camshaft.modules import unwrap
 
@@ -19,7 +21,8 @@ __all__ = ["ExponentialMovingAverage"]
 class ExponentialMovingAverage(Handler):
     """Keeps an exponential moving average of the weights, updated once per completed optimizer step.
 
-    torch's ``AveragedModel`` underneath; buffers (BatchNorm statistics) are copied. It travels in every checkpoint.
+    torch's ``AveragedModel`` underneath; buffers (BatchNorm statistics) are copied. It travels in every checkpoint. Where FSDP2
+    has split the model, each process averages its part, and the average is used by :meth:`swapped_in`, on every process.
 
     Args:
         decay: how much of the average is kept at each step, between 0 and 1: ``average = decay * average + (1 - decay) * w``.
@@ -43,7 +46,7 @@ class ExponentialMovingAverage(Handler):
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay < 1:
             raise ValueError(f"decay must be a number between 0 and 1, got {decay!r}")
         self.decay, self.phase = decay, phase
-        self.averaged: AveragedModel | None = None
+        self.averaged: AveragedModel | SplitAverage | None = None
         self._model: nn.Module | None = None
         self._phase_name = ""
 
@@ -52,17 +55,24 @@ class ExponentialMovingAverage(Handler):
         """The averaged model, a copy of the trained one.
 
         Raises:
-            RuntimeError: where the handler hasn't been attached.
+            RuntimeError: where the handler hasn't been attached, or FSDP2 has split the model, which can't be copied then.
         """
         if self.averaged is None:
             raise RuntimeError("ExponentialMovingAverage has no average before it is attached to a trainer")
+        if isinstance(self.averaged, SplitAverage):
+            raise RuntimeError(
+                "a model under fully_shard can't be copied: its average is no module of its own. Use it by "
+                "'with ema.swapped_in() as model:' on every rank, or by Evaluation(..., ema=ema)"
+            )
         return self.averaged.module
 
     def on_attach(self, engine: Any) -> None:
         """Copies the model as it is now."""
         phase = engine.phases_named(self.phase)[-1]
         self._model, self._phase_name = unwrap(phase.module), phase.name
-        if self.averaged is None:
+        if self.averaged is None and is_sharded(self._model):
+            self.averaged = SplitAverage(self._model, self.decay)
+        elif self.averaged is None:
             self.averaged = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
             self.averaged.requires_grad_(False)
 
@@ -74,6 +84,8 @@ class ExponentialMovingAverage(Handler):
         assert self.averaged is not None
         assert self._model is not None
         self.averaged.update_parameters(self._model)
+        if isinstance(self.averaged, SplitAverage):
+            return
         for average, buffer in zip(self.averaged.module.buffers(), self._model.buffers(), strict=True):
             average.copy_(buffer)
 
@@ -84,23 +96,68 @@ class ExponentialMovingAverage(Handler):
         Yields:
             The trained model.
         """
-        average, model = self.module, self._model
+        average, model = self._averaged_state(), self._model
         assert model is not None
         kept = copy.deepcopy(model.state_dict())
-        model.load_state_dict(average.state_dict())
+        model.load_state_dict(average)
         try:
             yield model
         finally:
             model.load_state_dict(kept)
 
+    def _averaged_state(self) -> dict[str, Any]:
+        """The averaged weights, under the names of the model."""
+        return self.averaged.state if isinstance(self.averaged, SplitAverage) else dict(self.module.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates."""
         if self.averaged is None:
             return {}
-        return {"module": dict(self.module.state_dict()), "updates": self.averaged.n_averaged}
+        return {"module": self._averaged_state(), "updates": self.averaged.n_averaged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's average."""
-        if self.averaged is not None and state:
+        if self.averaged is None or not state:
+            return
+        if isinstance(self.averaged, SplitAverage):
+            self.averaged.load(state["module"])
+        else:
             self.module.load_state_dict(state["module"])
-            self.averaged.n_averaged.copy_(state["updates"])
+        self.averaged.n_averaged.copy_(state["updates"])
+
+
+class SplitAverage:
+    """The average of a model that FSDP2 has split: what ``AveragedModel`` does, to each process's own part.
+
+    Args:
+        model: the model under ``fully_shard``.
+        decay: how much of the average is kept at each update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state: dict[str, Any] = copy.deepcopy(model.state_dict())
+        """The averaged parameters and the copied buffers, split as the model's are."""
+        self.n_averaged = torch.tensor(0)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the new weights into the average, and copies the buffers; the first ones are copied too."""
+        trained = dict(model.named_parameters()) if self.n_averaged else {}
+        averages: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        for name, value in model.state_dict().items():
+            if name in trained and value.is_floating_point():
+                averages.append(local(self.state[name]))
+                weights.append(local(value))
+            elif isinstance(value, torch.Tensor):
+                local(self.state[name]).copy_(local(value))
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        self.n_averaged += 1
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from an average that was saved, whole or split; every process must call it."""
+        for name, own in self.state.items():
+            if isinstance(own, torch.Tensor):
+                own.copy_(split_like(state[name], own))

@@ -4,6 +4,7 @@ import signal
 from typing import Any
 
 import torch
+from ignite.metrics import Loss
 from scenes import (
     OUT,
     bare,
@@ -32,7 +33,9 @@ import camshaft.shards
 from camshaft import (
     R1,
     CheckpointRotation,
+    Evaluation,
     Events,
+    ExponentialMovingAverage,
     FreezeParameters,
     TensorBoard,
     create_evaluator,
@@ -175,6 +178,47 @@ def evaluated_over_data_of_unknown_length() -> Any:
     evaluator, batches = create_evaluator(sharded()), list(batches_of())
     counts = [evaluator.run(iter_of(batches[: least + rank()])).iteration for least in (2, 4)]
     return counts, error_of(lambda: evaluator.run(batches[: 2 + rank()]))
+
+
+# -- averages -------------------------------------------------------------------------------------------------------------
+
+
+def averaged(wrap: Any, folder: Any, epochs: int, **options: Any) -> tuple[Any, Any, Any]:
+    """A trainer that averages and is evaluated by the average, its checkpoints, and the average."""
+    model = wrap(nn.Sequential(bare(), nn.BatchNorm1d(3, momentum=None).double()))
+    trainer = trainer_of(model)
+    ema = ExponentialMovingAverage(0.7).attach(trainer)
+    evaluator = create_evaluator(model, {"loss": Loss(nn.functional.cross_entropy)})
+    Evaluation(evaluator, batches_of(), ema=ema).attach(trainer)
+    checkpoints = CheckpointRotation(folder, **options).attach(trainer)
+    if list(folder.glob("step-*")):
+        checkpoints.resume("auto")
+    trainer.run(batches_of(), max_epochs=epochs)
+    return trainer, checkpoints, ema
+
+
+def averages_of(ema: Any) -> dict[str, torch.Tensor]:
+    with ema.swapped_in() as model:
+        return weights(model)
+
+
+@scene
+def averages_of_a_split_model() -> Any:
+    """Beside those under DDP; and of a run that was stopped and resumed, from shards and from a whole file."""
+    found = {}
+    trainer, _, ema = averaged(DistributedDataParallel, OUT / "ema-ddp", 2)
+    whole, trained, score = averages_of(ema), weights(trainer.lead.module), trainer.state.metrics["val/loss"]
+    for kind in ("shards", "file"):
+        options = {"sharded": kind == "shards"}
+        averaged(fully_shard, OUT / f"ema-{kind}", 1, **options)
+        trainer, _, ema = averaged(fully_shard, OUT / f"ema-{kind}", 2, **options)
+        found[kind] = {
+            "gap": furthest(averages_of(ema), whole),
+            "own": furthest(weights(trainer.lead.module), trained),
+            "score": abs(trainer.state.metrics["val/loss"] - score),
+        }
+    ahead = furthest(whole, trained)
+    return found | {"ahead": ahead, "module": error_of(lambda: ema.module)}
 
 
 # -- curves ---------------------------------------------------------------------------------------------------------------

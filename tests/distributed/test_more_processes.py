@@ -22,6 +22,7 @@ STORIES = {
         "statistics_of_the_first",
         "evaluated_before_the_first_step",
         "evaluated_over_data_of_unknown_length",
+        "averages_of_a_split_model",
         "curves_of_other_names",
         "frozen_under_ddp",
         "penalised_critics",
@@ -111,6 +112,23 @@ def test_evaluation_of_a_split_model_ends_where_the_first_process_has_no_more(to
     for counts, error in found(told("more"), "evaluated_over_data_of_unknown_length"):
         assert counts == [2, 4]
         assert "they have [2, 3] batches to evaluate" in error
+
+
+# -- averages -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shards", "file"])
+def test_the_average_of_a_split_model_is_that_of_a_whole_one_and_is_resumed(told, kind):
+    for seen in found(told("more"), "averages_of_a_split_model"):
+        assert seen["ahead"] > 1e-3
+        assert seen[kind]["gap"] < 1e-12
+        assert seen[kind]["own"] < 1e-12  # the model has its own weights again after each evaluation
+        assert seen[kind]["score"] < 1e-6
+
+
+def test_the_average_of_a_split_model_is_no_module(told):
+    for seen in found(told("more"), "averages_of_a_split_model"):
+        assert seen["module"].startswith("RuntimeError: a model under fully_shard can't be copied")
 
 
 # -- curves ---------------------------------------------------------------------------------------------------------------
