@@ -141,7 +141,7 @@ class Trainer(LoopEngine):
 
         Args:
             flag: a boolean scalar tensor on any device; the step is refused where it is true. The flags of all handlers and
-                of the scaler are fetched in one transfer.
+                of the scaler are fetched in one transfer. Of several processes each must ask; one true flag refuses for all.
             then: called where it is true, before ``OPTIMIZER_STEP_SKIPPED``; may raise.
 
         Example:
