@@ -24,9 +24,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     The file replaces an older one atomically, and any ``torch.load(path, weights_only=True)`` reads it.
 
-    Of several processes, call it on every one: of a model in DDP the first alone writes, and nobody waits for it. Where FSDP2 has
-    split the weights they are brought together for the first one, and all wait until the file is there. A model that isn't
-    wrapped is each process's own, and is written by whoever calls.
+    Of several processes, call it on every one: of a model in DDP the first alone writes, and nobody waits for it. Where FSDP2
+    has split the weights they are brought together for the first one, and all wait until the file is there. A model that
+    isn't wrapped is each process's own, and is written by whoever calls.
 
     Args:
         model: any module.
