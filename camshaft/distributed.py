@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 import time
 import weakref
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_last_work: list[Any] = []
 _runs = itertools.count()
 
 
@@ -71,22 +73,35 @@ def agreed(values: Sequence[int]) -> list[int]:
     Every process must call it at the same moment, with as many numbers.
     """
     numbers = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=host_group())
+    _finish(dist.all_reduce(numbers, dist.ReduceOp.MAX, group=host_group(), async_op=True))
     return [int(number) for number in numbers.tolist()]
 
 
 def everyones(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks."""
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=host_group())
-    return values
+    """Every process's value, in the order of their ranks: what ``all_gather_object`` does, with its end waited for."""
+    own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    _finish(dist.all_gather(sizes, torch.tensor([len(own)]), group=host_group(), async_op=True))
+    longest = max(int(size) for size in sizes)
+    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    _finish(dist.all_gather(parts, padded, group=host_group(), async_op=True))
+    return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
 def first_ones(value: Any) -> Any:
     """The value of rank 0."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=host_group())
-    return values[0]
+    return everyones(value if rank() == 0 else None)[0]
+
+
+def _finish(work: Any) -> None:
+    """Waits for a transfer and keeps hold of it until the next one.
+
+    A thread of gloo may be the last to let go of a transfer. If Python is ending by then, as it is after a run's last one, the
+    process dies by SIGABRT with all its work done.
+    """
+    work.wait()
+    _last_work[:] = [*_last_work[-3:], work]
 
 
 def pass_together(batches: Iterator[Any]) -> Iterator[Any]:
@@ -134,11 +149,11 @@ def average(tensors: Iterable[torch.Tensor]) -> None:
     for group in _alike(tensors):
         if group[0].is_sparse:
             for tensor in group:
-                dist.all_reduce(tensor)
+                _finish(dist.all_reduce(tensor, async_op=True))
                 tensor.div_(world_size())
             continue
         flat = _flattened(group)
-        dist.all_reduce(flat)
+        _finish(dist.all_reduce(flat, async_op=True))
         _unflatten(flat.div_(world_size()), group)
 
 
@@ -146,7 +161,7 @@ def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
     """Puts rank 0's values in place of each tensor, in one transfer per kind of tensor."""
     for group in _alike(tensors):
         flat = _flattened(group)
-        dist.broadcast(flat, src=0)
+        _finish(dist.broadcast(flat, src=0, async_op=True))
         _unflatten(flat, group)
 
 

@@ -319,6 +319,9 @@ class Handler:
             for item in listeners:
                 add(engine, item)
                 self._attached.append(item)
+            unclaimed = getattr(engine, "unclaimed", {})
+            if name in unclaimed:
+                self.load_state_dict(unclaimed.pop(name))
         except BaseException:
             self.detach()
             raise

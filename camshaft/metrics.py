@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 
 __all__ = ["MetricWatch", "Metrics", "as_number", "better", "check_mode"]
+
+logger = logging.getLogger("camshaft")
 
 
 class Metrics(dict[str, Any]):
@@ -67,14 +71,20 @@ def as_number(value: Any, what: str) -> float:
         raise TypeError(f"{what} must be a single number, got {type(value).__name__}: {value!r}") from None
 
 
-def check_mode(mode: str) -> None:
-    """Checks a ``mode`` argument.
+LESS_IS_BETTER = re.compile(r"(?:^|[/_.-])(?:loss|error|err|mse|rmse|mae|nll|perplexity|ppl|fid)$", re.IGNORECASE)
+"""How the names of scores end of which less is better."""
+
+
+def check_mode(mode: str, metric: str | None) -> None:
+    """Checks a ``mode`` argument, and warns where it and the metric's name don't go together.
 
     Raises:
         ValueError: where it is neither ``"min"`` nor ``"max"``.
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+    if mode == "max" and isinstance(metric, str) and LESS_IS_BETTER.search(metric):
+        logger.warning("mode is 'max', so that the highest %r counts as the best; where less is better, say mode='min'", metric)
 
 
 def better(score: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:

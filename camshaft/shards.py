@@ -99,7 +99,12 @@ def _end(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
     replaced = path.parent / f"{LITTER}{path.name}.old.tmp"
     if path.exists():
         os.replace(path, replaced)
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, path)
+        raise
     sync_folder(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -161,10 +161,12 @@ def restore_handlers(trainer: Trainer, saved: Mapping[str, Any]) -> None:
             handler.load_state_dict(saved[name])
     added = [name for name, handler in trainer.handlers.items() if name not in saved]
     removed = [name for name, state in saved.items() if name not in trainer.handlers and state]
+    trainer.unclaimed = {name: saved[name] for name in removed}
     if added or removed:
         parts = [f"{text} {', '.join(names)}" for text, names in (("new since:", added), ("gone:", removed)) if names]
         warnings.warn(
-            f"resume: the handlers are not those of the checkpoint ({'; '.join(parts)}); the new ones start afresh",
+            f"resume: the handlers are not those of the checkpoint ({'; '.join(parts)}); the new ones start afresh, and one "
+            "that is gone goes on after all if it is attached before run()",
             stacklevel=3,
         )
 

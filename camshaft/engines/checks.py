@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ __all__ = [
     "name_of",
     "stateful",
 ]
+
+logger = logging.getLogger("camshaft")
 
 
 def name_of(function: Any) -> str:
@@ -82,6 +85,14 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
         if held & taken:
             raise ValueError(f"{kind} holds parameters that another one holds too: they would be stepped twice")
         taken |= held
+    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in taken]
+    if left_out:
+        names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        logger.warning(
+            "%d parameters of phase %r want a gradient and are in no optimizer, so that they will never be trained: %s. "
+            "Make the optimizer after the last change of the model, or freeze them: camshaft.freeze(model, ...)",
+            len(left_out), phase, names,
+        )  # fmt: skip
     return optimizers
 
 

@@ -60,6 +60,8 @@ class Trainer(LoopEngine):
         self.register_events(*StepEvents, event_to_attr=dict.fromkeys(StepEvents, "iteration"))
         self.handlers: dict[str, Handler] = {}
         """The attached handlers of this package, by name."""
+        self.unclaimed: dict[str, Any] = {}
+        """What a checkpoint had of handlers that aren't attached; one that is before the run goes on from it."""
         self.phases = {phase.name: phase for phase in phases}
         """The phases by name, in order."""
         self.lead, self.followers = phases[0], tuple(phases[1:])
@@ -302,6 +304,7 @@ class Trainer(LoopEngine):
         """First of all at ``STARTED``: a new run begins its clocks anew, a resumed one keeps them."""
         state = self.state
         state.stop_reason = None
+        self.unclaimed = {}
         state.phase = self.lead.name
         for phase in self.phases.values():
             phase.remember_modes()

@@ -77,7 +77,7 @@ class CheckpointRotation(Handler):
     ) -> None:
         if background and sharded:
             raise ValueError("background and sharded exclude each other: the processes write their parts together, in front")
-        check_mode(mode)
+        check_mode(mode, metric)
         for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

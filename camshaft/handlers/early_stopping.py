@@ -34,7 +34,7 @@ class EarlyStopping(Handler):
     saved = ("best", "stale")
 
     def __init__(self, metric: str, *, mode: str = "max", patience: int = 5, min_delta: float = 0.0) -> None:
-        check_mode(mode)
+        check_mode(mode, metric)
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a positive integer, got {patience!r}")
         if not isinstance(min_delta, (int, float)) or not 0 <= min_delta < float("inf"):

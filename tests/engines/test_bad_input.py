@@ -299,6 +299,22 @@ def test_optimizer_made_before_the_model_was_copied():
         trainer_of(copy.deepcopy(model), optimizer)
 
 
+def test_parameters_that_no_optimizer_holds_are_warned_of(caplog):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = sgd(model)
+    model[1] = nn.Linear(2, 2)  # after the optimizer was made
+    trainer_of(model, optimizer)
+    assert "2 parameters of phase 'model' want a gradient and are in no optimizer" in caplog.text
+    assert "1.weight, 1.bias" in caplog.text
+
+
+def test_frozen_parameters_need_no_optimizer(caplog):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    trainer_of(model, sgd(model[0]))
+    assert caplog.text == ""
+
+
 def test_optimizer_without_parameters():
     model = linear()
     optimizer = sgd(model)

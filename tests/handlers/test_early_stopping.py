@@ -140,3 +140,13 @@ def test_metrics_that_are_replaced_at_each_epoch_are_judged():
 
     trainer.run(batches(1), max_epochs=9)
     assert trainer.state.epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "warned"),
+    [("val/loss", "max", True), ("val/loss", "min", False), ("val_rmse", "max", True), ("val/glossary", "max", False)],
+)
+@pytest.mark.parametrize("make", [EarlyStopping, lambda metric, mode: CheckpointRotation("x", metric=metric, mode=mode)])
+def test_a_mode_that_keeps_the_highest_loss_is_warned_of(caplog, make, metric, mode, warned):
+    make(metric, mode=mode)
+    assert (f"the highest '{metric}' counts as the best" in caplog.text) is warned
