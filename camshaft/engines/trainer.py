@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events, State
+from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
 from camshaft.distributed import Failures, pass_together, world_size
@@ -369,6 +370,14 @@ class Trainer(LoopEngine):
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)
         self.length_is_learned = self.place.has_ended = True
+
+    def _warn_of_missing_data(self) -> None:
+        """Ends the run, as well, where an epoch would have no batch at all."""
+        super()._warn_of_missing_data()
+        if self.epoch_iteration == 0 and self.together is None and not self._is_done(self.state):
+            reason = f"the data gave out after iteration {self.state.iteration}"
+            self.terminate(reason=f"{reason}: it can be passed over only once; give run() a DataLoader or a list")
+            raise _EngineTerminateException
 
     @staticmethod
     def _is_done(state: State) -> bool:

@@ -302,6 +302,15 @@ def test_a_run_to_its_end_has_no_stop_reason():
     assert trainer.state.stop_reason is None
 
 
+@pytest.mark.filterwarnings("ignore:Data iterator can not provide data")
+def test_data_that_can_be_passed_over_only_once_ends_the_run_and_no_epoch_is_without_a_batch():
+    trainer, epochs = trainer_of(), []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: epochs.append(e.state.iteration))
+    state = trainer.run((batch for batch in batches(3)), max_epochs=4)
+    assert epochs == [3]
+    assert state.stop_reason.startswith("the data gave out after iteration 3: it can be passed over only once")
+
+
 def test_terminate_says_where_and_may_say_why():
     plain, reasoned = trainer_of(), trainer_of()
     plain.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate())
