@@ -175,6 +175,13 @@ class Place(IntEnum):
     SAVE = 60
 
 
+CHANGES = ("loss", "gradients", "weights")
+"""What a handler may say that it changes."""
+
+TOLD: Mapping[str, str] = {"EXCEPTION_RAISED": "error", "TERMINATE_SINGLE_EPOCH": "iter_counter"}
+"""What Ignite tells the handlers of an event besides the engine."""
+
+
 class Listener(NamedTuple):
     """One method of a handler at one event, and its place among those that share the event."""
 
@@ -290,7 +297,9 @@ class Handler:
 
         Raises:
             RuntimeError: where it is attached already.
-            ValueError: where the engine doesn't fire one of the events, or the name is taken.
+            TypeError: where ``engine`` is none, or ``saved`` or ``changes`` isn't a tuple of names.
+            ValueError: where the engine doesn't fire one of the events, the handler opens at none, a method can't be called,
+                ``changes`` names something else, or the name is taken.
         """
         if self.engine is not None:
             raise RuntimeError(f"{type(self).__name__} is attached already; call detach() first")
@@ -306,12 +315,15 @@ class Handler:
                 f"give this {type(self).__name__} another: attach(engine, name='{name}2')"
             )
         listeners = [item._replace(event=single) for item in self.listeners() for single in split(item.event)]
+        check_class(self, listeners)
         for event in (single for item in listeners for single in split(item.event)):
             if not engine.has_registered_events(event):
                 raise ValueError(
                     f"{type(self).__name__} opens at {event.name}, which this {type(engine).__name__} "
                     "doesn't fire; attach it to an engine made by create_trainer()"
                 )
+        for item in listeners:
+            check_takes_engine(item.function, item.event)
         self.engine, self.name, self._attached = engine, name, []
         registry[name] = self
         try:
@@ -375,9 +387,19 @@ class Handler:
         """The attributes named in ``saved``, as tensors and plain values.
 
         Raises:
+            AttributeError: where one of them isn't set.
             TypeError: where an attribute holds something that a checkpoint can't carry.
         """
-        return {attribute: pack(getattr(self, attribute), f"{type(self).__name__}.{attribute}") for attribute in self.saved}
+        return {attribute: pack(self._saved(attribute), f"{type(self).__name__}.{attribute}") for attribute in self.saved}
+
+    def _saved(self, attribute: str) -> Any:
+        try:
+            return getattr(self, attribute)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{type(self).__name__}.saved names {attribute!r}, which isn't set ({error}); set it in __init__, or at "
+                "Events.STARTED at the latest"
+            ) from error
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the attributes named in ``saved``; what the checkpoint doesn't know stays as it is."""
@@ -388,6 +410,67 @@ class Handler:
                     current.load_state_dict(state[attribute])
                 else:
                     setattr(self, attribute, state[attribute])
+
+
+def check_class(handler: Handler, listeners: list[Listener]) -> None:
+    """Raises where a handler's class can't be meant as it is: it would do nothing, or its state would be lost.
+
+    Args:
+        handler: the handler.
+        listeners: all of its own.
+    """
+    kind = type(handler)
+    for attribute in ("saved", "changes"):
+        names = getattr(handler, attribute)
+        if isinstance(names, str):
+            raise TypeError(f"{kind.__name__}.{attribute} must be a tuple of names; write ({names!r},), with a comma")
+        if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{kind.__name__}.{attribute} must be a tuple of names, got {names!r}")
+    unknown = [name for name in handler.changes if name not in CHANGES]
+    if unknown:
+        raise ValueError(f"{kind.__name__}.changes may name {', '.join(map(repr, CHANGES))}, got {unknown[0]!r}")
+    hooks = [name for name in dir(kind) if name.startswith("on_") and not hasattr(Handler, name)]
+    carries_state = bool(handler.saved) or kind.state_dict is not Handler.state_dict
+    acts_otherwise = any(getattr(kind, name) is not getattr(Handler, name) for name in ("listeners", "on_attach", "on_detach"))
+    if not listeners and not acts_otherwise and (hooks or not carries_state):
+        raise ValueError(
+            f"{kind.__name__} opens at no event; mark a method with its event, such as @on(Events.EPOCH_COMPLETED)"
+            + (f". Nobody calls {hooks[0]}(); a callback made for Keras is attached by KerasStyle(callback)" if hooks else "")
+        )
+
+
+def check_takes_engine(function: Callable[..., Any], event: Any, *args: Any, **kwargs: Any) -> None:
+    """Raises ``ValueError`` where a function can't be called by an event: with the engine, or with nothing.
+
+    Args:
+        function: the handler.
+        event: the event, or events joined by ``|``.
+        args: what the user wants to be handed on, too.
+        kwargs: the same by name.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Ignite has its own words for what can't be called at all
+        return
+    for single in event if isinstance(event, EventsList) else (event,):
+        moment = str(getattr(single, "name", single))
+        told = TOLD.get(moment)
+        rest = (*([] if told is None else [told]), *args)
+        if not (_binds(signature, "engine", *rest, **kwargs) or _binds(signature, *rest, **kwargs)):
+            takes = ", ".join(["engine", *map(str, rest), *(f"{name}={value}" for name, value in kwargs.items())])
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise ValueError(
+                f"{name} can't be called at {moment}: a handler takes ({takes}), this one takes "
+                f"{signature}" + ("; the batch is engine.state.batch" if "batch" in signature.parameters else "")
+            )
+
+
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _definitions(cls: type, attribute: str) -> Iterator[Any]:

@@ -472,6 +472,94 @@ def test_a_handler_of_step_events_on_a_plain_engine_is_an_error_that_names_the_e
         Counter().attach(Engine(lambda engine, batch: None))
 
 
+def test_a_handler_that_opens_at_no_event_is_an_error_that_shows_how():
+    class Report(Handler):
+        def report(self, engine):
+            print(engine.state.epoch)
+
+    with pytest.raises(ValueError, match=r"Report opens at no event; mark a method .*@on\(Events.EPOCH_COMPLETED\)$"):
+        Report().attach(trainer_of())
+
+
+@pytest.mark.parametrize("names", [(), ("epochs",)], ids=["stateless", "with a state"])
+def test_a_handler_with_the_methods_of_a_keras_callback_is_sent_to_keras_style(names):
+    class Epochs(Handler):
+        saved = names
+        epochs = 0
+
+        def on_epoch_end(self, epoch, logs):
+            self.epochs += 1
+
+    with pytest.raises(ValueError, match=r"Epochs opens at no event.* Nobody calls on_epoch_end\(\).*KerasStyle\(callback\)"):
+        Epochs().attach(trainer_of())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"on_attach": lambda self, engine: None}, {"listeners": lambda self: iter(())}, {"state_dict": lambda self: {"a": 1}}],
+    ids=lambda body: next(iter(body)),
+)
+def test_a_handler_without_events_may_act_otherwise(body):
+    handler = type("Quiet", (Handler,), body)()
+    assert handler.attach(trainer_of()).name == "Quiet"
+
+
+@pytest.mark.parametrize("attribute", ["saved", "changes"])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [("weights", r"; write \('weights',\), with a comma"), (5, ", got 5"), ((Handler,), ", got .*Handler")],
+    ids=["text", "number", "class"],
+)
+def test_names_of_a_handler_are_a_tuple(attribute, value, what):
+    handler = type("Wrong", (Counter,), {attribute: value})()
+    with pytest.raises(TypeError, match=f"Wrong.{attribute} must be a tuple of names{what}"):
+        handler.attach(trainer_of())
+
+
+def test_a_handler_changes_what_there_is():
+    class Wrong(Counter):
+        changes = ("weights", "gradient")
+
+    with pytest.raises(ValueError, match="Wrong.changes may name 'loss', 'gradients', 'weights', got 'gradient'"):
+        Wrong().attach(trainer_of())
+
+
+TAKES = "can't be called at ITERATION_COMPLETED: a handler takes"
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=2) | Events.COMPLETED], ids=str)
+def test_a_function_that_wants_the_batch_too_is_told_where_it_is(event):
+    def look(engine, batch):
+        print(batch)
+
+    with pytest.raises(ValueError, match=rf"look {TAKES} \(engine\), this one takes \(engine, batch\); the batch is"):
+        trainer_of().on(event)(look)
+
+
+@pytest.mark.parametrize("engine", [trainer_of, lambda: Engine(lambda engine, batch: None)], ids=["trainer", "Ignite's"])
+def test_a_method_that_wants_the_batch_too_is_told_where_it_is(engine):
+    class Look(Handler):
+        @on(Events.ITERATION_COMPLETED)
+        def look(self, engine, batch):
+            print(batch)
+
+    engine = engine()
+    with pytest.raises(ValueError, match=rf"Look.look {TAKES} \(engine\), .*; the batch is engine.state.batch"):
+        Look().attach(engine)
+    assert engine.handlers == {}
+
+
+def test_what_else_a_function_is_to_be_given_is_named():
+    with pytest.raises(ValueError, match=rf"<lambda> {TAKES} \(engine, 3, size=4\), this one takes \(engine, number\)"):
+        trainer_of().add_event_handler(Events.ITERATION_COMPLETED, lambda engine, number: None, 3, size=4)
+
+
+@pytest.mark.parametrize("event", [Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH], ids=lambda event: event.name)
+def test_what_an_event_tells_is_named(event):
+    with pytest.raises(ValueError, match=rf"at {event.name}: a handler takes \(engine, \w+\), this one takes \(a, b, c\)"):
+        trainer_of().add_event_handler(event, lambda a, b, c: None)
+
+
 # -- saved ------------------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +617,18 @@ def test_what_a_checkpoint_can_not_carry_is_named(value, where):
     holder = Holder(value).attach(trainer_of())
     with pytest.raises(TypeError, match=f"{where} is a .*which a checkpoint can't carry safely"):
         holder.state_dict()
+
+
+def test_a_saved_attribute_that_is_not_set_is_named():
+    class Forgetful(Handler):
+        saved = ("steps",)
+
+    trainer = trainer_of()
+    handler = Forgetful().attach(trainer)
+    with pytest.raises(AttributeError, match=r"Forgetful.saved names 'steps', which isn't set .*set it in __init__"):
+        trainer.checkpoint()
+    handler.steps = 3  # as a handler of STARTED might
+    assert trainer.checkpoint()["handlers"]["Forgetful"] == {"steps": 3}
 
 
 def test_handlers_added_or_removed_since_are_one_warning_that_names_them(tmp_path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ignite.engine import CallableEventWithFilter, Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
 
-from camshaft.events import Place, filter_terms, split, stop
+from camshaft.events import Place, check_takes_engine, filter_terms, split, stop
 
 __all__ = ["LoopEngine"]
 
@@ -84,6 +84,7 @@ class LoopEngine(Engine):
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
         """Adds a handler, as Ignite does; it runs among the users' handlers of the event, in order of addition."""
+        check_takes_engine(handler, event_name, *args, **kwargs)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         self._sort(event_name)
         return handle
@@ -99,6 +100,7 @@ class LoopEngine(Engine):
         Returns:
             The handle that removes it.
         """
+        check_takes_engine(handler, event_name)
         known = {id(entry) for event in split(event_name) for entry in self._event_handlers.get(event, ())}
         handle = super().add_event_handler(event_name, handler)
         for event in split(event_name):
