@@ -45,7 +45,8 @@ def train(_, args):
     if idist.get_rank() == 0:
         print("resumed from", resumed) if resumed else print("began afresh")
         accuracy = state.metrics["val/accuracy"]
-        print(f"{idist.get_world_size()} processes, {state.optimizer_step} steps: val accuracy {accuracy:.2%}")
+        processes = "1 process" if idist.get_world_size() == 1 else f"{idist.get_world_size()} processes"
+        print(f"{processes}, {state.optimizer_step} steps: val accuracy {accuracy:.2%}")
         save_weights(model, args.out / "weights.pt")
 
 
