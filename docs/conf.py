@@ -15,6 +15,8 @@ copyright = author  # Sphinx's own name for the line at the foot
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 
+highlight_language = "none"  # a block without a language is text, not Python
+
 html_theme = "furo"
 html_title = f"camshaft {version}"
 html_show_sphinx = False
