@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from camshaft.distributed import everyones, first_ones, host_group, is_split, is_writer, rank
 from camshaft.files import LITTER, MANIFEST, BadFile, load_checked, save_durably, sync_folder
+from camshaft.rotation import step_of
 
 __all__ = ["load_manifest", "load_shards", "save_shards"]
 
@@ -149,6 +150,13 @@ def load_manifest(path: Path) -> dict[str, Any]:
         BadFile: says what is wrong with the folder.
     """
     if not (path / MANIFEST).is_file():
+        checkpoints = [item.name for item in path.iterdir() if step_of(item.name) is not None]
+        if checkpoints:
+            newest = path / max(checkpoints, key=lambda name: step_of(name) or 0)
+            raise BadFile(
+                f"{path} is a folder of checkpoints, and not one of them; give the path of one, such as {newest}, or attach "
+                f"CheckpointRotation({str(path)!r}) and call its resume('auto')"
+            )
         raise BadFile(f"{path} is not a file, and as a folder it isn't whole: {MANIFEST} isn't there")
     manifest = load_checked(path / MANIFEST)
     for name, (size, crc32) in manifest["files"].items():

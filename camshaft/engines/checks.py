@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +12,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import describe
+from camshaft.mistakes import came
 from camshaft.modules import device_of
 
 __all__ = [
     "bad_loss",
     "check_count",
     "check_device",
+    "check_no_class",
     "check_optimizers",
+    "check_prepare",
     "check_same_groups",
     "check_same_keys",
     "name_of",
@@ -37,6 +41,36 @@ def check_count(value: Any, argument: str) -> None:
     """Raises ``ValueError`` unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+
+
+def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:
+    """Raises ``TypeError`` where a class came in place of an object of it.
+
+    Args:
+        value: what came.
+        argument: the argument's name.
+        what: what is allowed, for the message.
+        kind: such classes alone are no functions; others may well be called in place of one, as ``tuple`` is.
+    """
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(f"{argument} must be {what}, got {came(value)}")
+
+
+def check_prepare(function: Any) -> None:
+    """Raises ``TypeError`` where ``prepare_batch`` can't be called as it is going to be."""
+    if not callable(function):
+        raise TypeError(f"prepare_batch must be callable, got {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one that is written in C need not say
+        return
+    try:
+        signature.bind(None, device=None, non_blocking=True)
+    except TypeError:
+        raise TypeError(
+            f"prepare_batch is called as prepare_batch(batch, device=..., non_blocking=...), but {name_of(function)} takes "
+            f"{signature}; write def prepare_batch(batch, device, non_blocking)"
+        ) from None
 
 
 def check_device(device: torch.device | str | None, module: nn.Module) -> torch.device:
@@ -70,7 +104,7 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
     taken: set[int] = set()
     for item in optimizers:
         if not isinstance(item, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {type(item).__name__}")
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {came(item)}")
         if isinstance(item, torch.optim.LBFGS):
             raise TypeError("optimizer LBFGS evaluates the loss several times per step, which one pass over data can't give")
         kind = f"the optimizer {type(item).__name__} of phase {phase!r}"
@@ -114,8 +148,15 @@ def bad_loss(loss: Any, source: str) -> Exception:
     )
 
 
-def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:
-    """Raises ``ValueError`` where a checkpoint's tensors aren't those of this model, and names the ones that differ."""
+def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], model: str, source: str = "the checkpoint") -> None:
+    """Raises ``ValueError`` where a checkpoint's tensors aren't those of this model, and names the ones that differ.
+
+    Args:
+        saved: the tensors of the checkpoint.
+        own: those of the model.
+        model: what the message calls the model.
+        source: what it calls the checkpoint.
+    """
     shapes = [
         f"{key} ({tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} here)"
         for key in saved
@@ -132,7 +173,7 @@ def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], what: str)
         if names
     ]
     if found:
-        raise ValueError(f"the file is of another model than {what}: {'; '.join(found)}")
+        raise ValueError(f"{source} was written for another model than {model}: {'; '.join(found)}")
 
 
 def check_same_groups(saved: Mapping[str, Any], optimizer: Optimizer, phase: str) -> None:

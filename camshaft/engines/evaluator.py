@@ -12,9 +12,10 @@ from torch import nn
 
 from camshaft.batches import prepare_pair
 from camshaft.distributed import copy_from_first, everyones, is_sharded, is_split, pass_together, replica, world_size
-from camshaft.engines.checks import check_device, name_of
+from camshaft.engines.checks import check_device, check_no_class, check_prepare, name_of
 from camshaft.engines.data import length_of
 from camshaft.engines.loop import LoopEngine
+from camshaft.mistakes import came
 from camshaft.modules import kept_training_flags
 from camshaft.precision import autocast_for
 from camshaft.randomness import kept_rng
@@ -64,14 +65,14 @@ def create_evaluator(
         ['accuracy']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {came(model)}")
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be a mapping of names to Ignite metrics, got {type(metrics).__name__}")
-    if not callable(prepare_batch):
-        raise TypeError(f"prepare_batch must be callable, got {prepare_batch!r}")
+    check_prepare(prepare_batch)
     for argument, function in (("model_transform", model_transform), ("output_transform", output_transform)):
         if function is not None and not callable(function):
             raise TypeError(f"{argument} must be callable, got {function!r}")
+    check_no_class(model_transform, "model_transform", "a function of the model's output", nn.Module)
     wrapper = replica(model)
     if wrapper is not None:
         model = wrapper.module  # DDP's own forward pass would have the processes wait for each other at every batch
@@ -98,7 +99,7 @@ def create_evaluator(
     evaluator = Evaluator(evaluate, model)
     for name, metric in (metrics or {}).items():
         if not isinstance(metric, Metric):
-            raise TypeError(f"metrics[{name!r}] must be an ignite.metrics.Metric, got {type(metric).__name__}")
+            raise TypeError(f"metrics[{name!r}] must be an ignite.metrics.Metric, got {came(metric)}")
         metric.attach(evaluator, name)
     return evaluator
 

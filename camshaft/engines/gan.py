@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from camshaft.batches import describe, to_device
 from camshaft.distributed import replica
-from camshaft.engines.checks import check_count, name_of
+from camshaft.engines.checks import check_count, check_prepare, name_of
 from camshaft.engines.gan_losses import loss_pair
 from camshaft.engines.penalties import Penalty, look_at
 from camshaft.engines.phase import Phase
@@ -139,8 +139,7 @@ def create_gan_trainer(
         ['discriminator_loss', 'penalty', 'generator_loss']
     """
     check_count(discriminator_steps, "discriminator_steps")
-    if not callable(prepare_batch):
-        raise TypeError(f"prepare_batch must be callable, got {prepare_batch!r}")
+    check_prepare(prepare_batch)
     discriminator_loss, generator_loss = loss_pair(loss)
     penalties = penalties_of(penalty)
     players = Players(called(generator), called(discriminator), latent, conditional, prepare_batch, non_blocking)

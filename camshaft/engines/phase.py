@@ -25,6 +25,7 @@ from camshaft.engines.checks import (
 from camshaft.engines.replicas import Replicas
 from camshaft.engines.window import Window
 from camshaft.events import StepEvents
+from camshaft.mistakes import came
 from camshaft.modules import unwrap
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Phase:
         non_blocking: bool = True,
     ) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"the model of phase {name!r} must be a torch.nn.Module, got {type(module).__name__}")
+            raise TypeError(f"the model of phase {name!r} must be a torch.nn.Module, got {came(module)}")
         if not callable(objective):
             raise TypeError(f"the objective of phase {name!r} must be callable, got {type(objective).__name__}")
         check_count(interval, "interval")
@@ -391,7 +392,7 @@ class Phase:
         Raises:
             ValueError: names the keys or groups that differ.
         """
-        check_same_keys(state["module"], unwrap(self.module).state_dict(), f"the model of phase {self.name!r}")
+        check_same_keys(state["module"], unwrap(self.module).state_dict(), f"yours (phase {self.name!r})")
         saved = state["optimizers"]
         if len(saved) != len(self.optimizers):
             raise ValueError(f"the checkpoint has {len(saved)} optimizers, phase {self.name!r} has {len(self.optimizers)}")

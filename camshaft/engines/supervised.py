@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import detached, prepare_pair
-from camshaft.engines.checks import check_count, name_of
+from camshaft.engines.checks import check_count, check_no_class, check_prepare, name_of
 from camshaft.engines.phase import Phase
 from camshaft.engines.trainer import Trainer
 from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
@@ -89,10 +89,10 @@ def create_trainer(
         phase = Phase("model", model, optimizer, objective, device=device, non_blocking=non_blocking)
         trainer = Trainer([phase])
     else:
-        for name, function in (("loss_fn", loss_fn), ("prepare_batch", prepare_batch)):
-            if not callable(function):
-                hint = "; pass compute_loss= for an objective without one" if name == "loss_fn" else ""
-                raise TypeError(f"{name} must be callable, got {function!r}{hint}")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable, got {loss_fn!r}; pass compute_loss= for an objective without one")
+        check_no_class(loss_fn, "loss_fn", "a function of (y_pred, y)")
+        check_prepare(prepare_batch)
         objective = Supervised(model, loss_fn, prepare_batch, model_transform)
         phase = Phase("model", model, optimizer, objective, prepare=objective.prepare, device=device, non_blocking=non_blocking)
         objective.device, objective.non_blocking = phase.device, non_blocking
@@ -121,6 +121,7 @@ class Supervised:
     def __init__(self, model: nn.Module, loss_fn: Any, prepare_batch: Any, model_transform: Any) -> None:
         if model_transform is not None and not callable(model_transform):
             raise TypeError(f"model_transform must be callable, got {model_transform!r}")
+        check_no_class(model_transform, "model_transform", "a function of the model's output", nn.Module)
         self.model, self.part, self.prepare_batch, self.model_transform = model, loss_fn, prepare_batch, model_transform
         self.described = f"loss_fn {name_of(loss_fn)}"
 
@@ -169,6 +170,7 @@ def check_custom(compute_loss: Any, loss_fn: Any, prepare_batch: Any, model_tran
     """Raises where ``compute_loss`` comes with arguments that it replaces."""
     if not callable(compute_loss):
         raise TypeError(f"compute_loss must be callable, got {compute_loss!r}")
+    check_no_class(compute_loss, "compute_loss", "a function of (model, batch)")
     replaced = {
         "loss_fn": loss_fn is not None,
         "prepare_batch": prepare_batch is not prepare_pair,

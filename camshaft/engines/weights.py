@@ -107,7 +107,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     error: Exception | None = None
     try:
         saved = fitted(read(Path(path), own), own)
-        check_same_keys(saved, own, f"this {type(inner).__name__}")
+        check_same_keys(saved, own, f"this {type(inner).__name__}", str(path))
     except (OSError, RuntimeError, ValueError) as failure:
         error = failure
     for number, problem in enumerate(everyones(None if error is None else str(error)) if is_shared else ()):
@@ -131,11 +131,24 @@ def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         content = next(iter(content["phases"].values()))["module"]
     if not isinstance(content, dict):
         raise BadFile(f"{path} holds a {type(content).__name__}, not a state dict")
+    below = next((name for name, part in content.items() if are_weights(part, own)), None)
+    if below is not None and not are_weights(content, own):
+        raise BadFile(
+            f"{path} holds more than a model's weights, which seem to lie under {below!r}; load them by "
+            f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True)[{below!r}])"
+        )
     if any(is_split(value) and not is_split(own.get(name)) for name, value in content.items()):
         raise BadFile(
             f"{path} holds one process's part of a model under fully_shard; call save_weights(model, path) on every rank"
         )
     return content
+
+
+def are_weights(value: Any, own: Mapping[str, Any]) -> bool:
+    """Whether a value is a state dict that knows some of a model's names."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return False
+    return not own.keys().isdisjoint(fitted(value, own))
 
 
 def read_folder(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:

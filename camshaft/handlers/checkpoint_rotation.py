@@ -145,8 +145,10 @@ class CheckpointRotation(Handler):
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
+            file = next((place for place in (self.folder, *self.folder.parents) if place.is_file()), None)
+            reason = error.strerror if file is None else f"{file} is a file, not a folder"
             raise type(error)(
-                error.errno, f"dirname: checkpoints can't be written there ({error.strerror})", str(self.folder)
+                error.errno, f"dirname: checkpoints can't be written there ({reason})", str(self.folder)
             ) from error
         clear_litter(self.folder)
 
@@ -348,7 +350,10 @@ class CheckpointRotation(Handler):
             return None
         if path.is_dir():
             content = load_shards(path, content, self.engine.sharded_like)
-        self.engine.restore(content)
+        try:
+            self.engine.restore(content)
+        except ValueError as error:
+            raise ValueError(f"{path} can't be resumed here: {error}") from error
         logger.info("resumed from %s: epoch %d, step %d", path, self.engine.state.epoch, self.engine.state.optimizer_step)
         return path
 

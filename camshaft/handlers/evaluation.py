@@ -31,6 +31,7 @@ class Evaluation(Handler):
 
     Raises:
         TypeError: where ``evaluator`` is no engine, ``every`` no event, or ``data`` can't be passed over.
+        ValueError: where it is attached to its own evaluator.
 
     Example:
         >>> import torch
@@ -73,6 +74,14 @@ class Evaluation(Handler):
     def default_name(self) -> str:
         """The class's name and the prefix."""
         return f"Evaluation/{self.prefix}"
+
+    def on_attach(self, engine: Any) -> None:
+        """An evaluator can't run inside itself."""
+        if engine is self.evaluator:
+            raise ValueError(
+                "Evaluation runs its evaluator in the middle of a trainer's run, so it can't be attached to that evaluator; "
+                "attach it to the trainer: Evaluation(evaluator, data).attach(trainer)"
+            )
 
     def listeners(self) -> Iterator[Listener]:
         """The events asked for, before whatever judges the results."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
 from camshaft.metrics import MetricWatch
+from camshaft.mistakes import came
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LRScheduling"]
 
@@ -43,7 +47,8 @@ class LRScheduling(Handler):
         for attribute in ("step", "state_dict", "load_state_dict", "optimizer"):
             if not hasattr(scheduler, attribute):
                 raise TypeError(
-                    f"scheduler must be a torch.optim.lr_scheduler, got {type(scheduler).__name__} without {attribute!r}"
+                    f"scheduler must be a torch.optim.lr_scheduler, got {came(scheduler)}"
+                    + ("" if isinstance(scheduler, type) else f" without {attribute!r}")
                 )
         check_every(every)
         if metric is None and is_plateau(scheduler):
@@ -55,6 +60,20 @@ class LRScheduling(Handler):
         self.watch = None if metric is None else MetricWatch(metric, "LRScheduling")
         self.phase = ""
 
+    def attach(self, engine: Any, name: str | None = None) -> Self:
+        """Attaches it as :meth:`Handler.attach` does; a scheduler that another one steps is refused under any name.
+
+        Raises:
+            ValueError: where the scheduler is attached already, or its optimizer is another's.
+        """
+        others = [item for item in getattr(engine, "handlers", {}).values() if isinstance(item, LRScheduling)]
+        if any(item.scheduler is self.scheduler for item in others if item is not self):
+            raise ValueError(
+                f"scheduler {type(self.scheduler).__name__} is attached already: it would move twice as fast. Give it as "
+                "scheduler=, or attach LRScheduling(scheduler); not both"
+            )
+        return super().attach(engine, name)
+
     def on_attach(self, engine: Any) -> None:
         """Finds the phase whose optimizer is scheduled."""
         owners = [phase.name for phase in engine.phases.values() if self.scheduler.optimizer in phase.optimizers]
@@ -63,10 +82,6 @@ class LRScheduling(Handler):
                 f"scheduler {type(self.scheduler).__name__} was made for another optimizer than the trainer's; "
                 "make it from the optimizer that you train with"
             )
-        if any(
-            isinstance(h, LRScheduling) and h.scheduler is self.scheduler for h in engine.handlers.values() if h is not self
-        ):
-            raise ValueError(f"scheduler {type(self.scheduler).__name__} is attached already: it would move twice as fast")
         self.phase = owners[0]
 
     def listeners(self) -> Iterator[Listener]:

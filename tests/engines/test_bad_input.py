@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
-from ignite.metrics import Loss
+from ignite.metrics import Accuracy, Loss
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -162,6 +163,16 @@ def test_prepare_batch_that_gives_no_pair(result):
     assert names_iteration(caught, 1)
 
 
+@pytest.mark.parametrize("create", [trainer_of, lambda **options: create_evaluator(linear(), **options)])
+def test_prepare_batch_that_does_not_take_the_device(create):
+    def prepare(batch):
+        return batch
+
+    match = r"called as prepare_batch\(batch, device=\.\.\., non_blocking=\.\.\.\), but .*prepare takes \(batch\); write def"
+    with pytest.raises(TypeError, match=match):
+        create(prepare_batch=prepare)
+
+
 @pytest.mark.parametrize("argument", ["prepare_batch", "model_transform", "output_transform"])
 def test_function_that_is_none(argument):
     with pytest.raises(TypeError, match=f"{argument} must be callable, got 5"):
@@ -258,6 +269,39 @@ def test_loss_fn_that_is_none(loss_fn):
 
 
 @pytest.mark.parametrize(
+    ("argument", "value", "what"),
+    [
+        ("loss_fn", nn.CrossEntropyLoss, r"a function of \(y_pred, y\), got the class CrossEntropyLoss; make one: CrossEnt"),
+        ("model_transform", nn.Sigmoid, r"a function of the model's output, got the class Sigmoid; make one: Sigmoid\(\)"),
+    ],
+    ids=["loss_fn", "model_transform"],
+)
+def test_class_in_place_of_a_function(argument, value, what):
+    with pytest.raises(TypeError, match=f"{argument} must be {what}"):
+        trainer_of(**{argument: value})
+
+
+def test_class_in_place_of_compute_loss():
+    class Objective:
+        def __call__(self, model, batch):
+            return mse_loss(model(batch[0]), batch[1])
+
+    model = linear()
+    with pytest.raises(
+        TypeError, match=r"compute_loss must be a function of \(model, batch\), got the class Objective; make one"
+    ):
+        create_trainer(model, sgd(model), None, compute_loss=Objective)
+    assert create_trainer(model, sgd(model), None, compute_loss=Objective()).run(batches()).optimizer_step == 3
+
+
+def test_class_that_serves_as_a_function():
+    seen = namedtuple("seen", ["x", "y", "y_pred", "loss"])
+    loss_fn = lambda rows, y: mse_loss(torch.stack(rows), y)  # noqa: E731
+    state = trainer_of(loss_fn=loss_fn, model_transform=tuple, output_transform=seen).run(batches())
+    assert [type(state.output), type(state.output.y_pred)] == [seen, tuple]
+
+
+@pytest.mark.parametrize(
     ("argument", "value"),
     [
         ("loss_fn", mse_loss),
@@ -275,10 +319,15 @@ def test_compute_loss_with_what_it_replaces(argument, value):
 # -- model, optimizer, scheduler --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["resnet", None, nn.Linear])
-def test_model_that_is_none(model):
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
-        create_trainer(model, sgd(linear()), mse_loss)
+@pytest.mark.parametrize("create", [lambda model: create_trainer(model, sgd(linear()), mse_loss), create_evaluator])
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [("resnet", "str"), (None, "NoneType"), (nn.Linear, r"the class Linear; make one: Linear\(\.\.\.\)")],
+    ids=["text", "none", "class"],
+)
+def test_model_that_is_none(model, what, create):
+    with pytest.raises(TypeError, match=rf"must be a torch\.nn\.Module, got {what}"):
+        create(model)
 
 
 def test_optimizer_of_another_model():
@@ -328,7 +377,11 @@ def test_optimizer_without_parameters():
     [
         (lambda model: [], ValueError, "at least one, got an empty one"),
         (lambda model: "adam", TypeError, "must be a torch.optim.Optimizer.*got str"),
-        (lambda model: torch.optim.SGD, TypeError, "must be a torch.optim.Optimizer.*got type"),
+        (
+            lambda model: torch.optim.SGD,
+            TypeError,
+            "must be a torch.optim.Optimizer.*got the class SGD; make one: SGD\\(\\.\\.\\.\\)",
+        ),
         (lambda model: [sgd(model), None], TypeError, "must be a torch.optim.Optimizer.*got NoneType"),
         (lambda model: [sgd(model), sgd(model)], ValueError, "stepped twice"),
         (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS"),
@@ -353,10 +406,28 @@ def test_same_scheduler_twice():
         trainer_of(model, optimizer, scheduler=[scheduler, scheduler])
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", lambda step: 0.1, StepLR])
-def test_scheduler_that_is_none(scheduler):
-    with pytest.raises(TypeError, match=r"scheduler must be a torch\.optim\.lr_scheduler"):
+@pytest.mark.parametrize(
+    ("scheduler", "what"),
+    [
+        ("cosine", "str without 'step'"),
+        (lambda step: 0.1, "function without 'step'"),
+        (StepLR, r"the class StepLR; make one: StepLR\(\.\.\.\)"),
+    ],
+    ids=["text", "function", "class"],
+)
+def test_scheduler_that_is_none(scheduler, what):
+    with pytest.raises(TypeError, match=rf"scheduler must be a torch\.optim\.lr_scheduler, got {what}"):
         trainer_of(scheduler=scheduler)
+
+
+def test_scheduler_that_is_given_and_attached_too():
+    model = linear()
+    optimizer = sgd(model)
+    scheduler = StepLR(optimizer, 1)
+    trainer = trainer_of(model, optimizer, scheduler=scheduler)
+    for name in (None, "LRScheduling2"):
+        with pytest.raises(ValueError, match="StepLR is attached already: it would move twice as fast.*not both"):
+            LRScheduling(scheduler).attach(trainer, name)
 
 
 def test_scheduler_that_follows_a_metric():
@@ -448,6 +519,17 @@ def test_metric_that_never_appears(kind, with_evaluation, tmp_path):
     assert names_iteration(caught, 3)
 
 
+def test_metric_that_is_a_class():
+    with pytest.raises(TypeError, match=r"metrics\['accuracy'\] must be .*got the class Accuracy; make one: Accuracy\(\)"):
+        create_evaluator(linear(), {"accuracy": Accuracy})
+
+
+def test_evaluation_that_is_attached_to_its_own_evaluator():
+    evaluator = create_evaluator(linear())
+    with pytest.raises(ValueError, match=r"attach it to the trainer: Evaluation\(evaluator, data\)\.attach\(trainer\)"):
+        Evaluation(evaluator, batches()).attach(evaluator)
+
+
 # -- checkpoints and patterns -----------------------------------------------------------------------------------------
 
 
@@ -476,7 +558,10 @@ def test_best_checkpoint_that_is_not_there(checkpoint):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: nn.Linear(3, 4), r"weight \(\(2, 3\) in the checkpoint, \(4, 3\) here\)"),
+        (
+            lambda: nn.Linear(3, 4),
+            r"3\.pt can't be resumed here: .* yours \(phase 'model'\): .*weight \(\(2, 3\) in the checkpoint, \(4, 3\) here\)",
+        ),
         (lambda: nn.Sequential(linear()), "only the checkpoint has weight, bias; only the model has 0.weight, 0.bias"),
     ],
     ids=["other shape", "other names"],
@@ -497,21 +582,41 @@ def test_checkpoint_of_another_optimizer(checkpoint):
         rotation_of(checkpoint.parent, model, torch.optim.Adam(model.parameters())).resume(checkpoint)
 
 
+def test_folder_of_checkpoints_in_place_of_one(checkpoint):
+    folder = checkpoint.parent
+    match = rf"is a folder of checkpoints.* such as {checkpoint}, or attach CheckpointRotation\('{folder}'\) .*resume\('auto'\)"
+    with pytest.raises(RuntimeError, match=match):
+        rotation_of(folder.parent).resume(folder)
+    with pytest.raises(RuntimeError, match=match):
+        load_weights(linear(), folder)
+
+
 @pytest.mark.parametrize("folder", ["file", "file/below"])
 def test_folder_that_can_not_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     trainer = trainer_of()
-    with pytest.raises(OSError, match="dirname: checkpoints can't be written there"):
+    with pytest.raises(OSError, match=r"dirname: checkpoints can't be written there \(.*file is a file, not a folder\)"):
         CheckpointRotation(tmp_path / folder).attach(trainer)
     assert trainer.handlers == {}
 
 
 def test_weights_of_another_model(tmp_path):
     path = save_weights(linear(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="the file is of another model"):
+    with pytest.raises(
+        ValueError, match=r"weights\.pt was written for another model than this Linear: these have other shapes"
+    ):
         load_weights(nn.Linear(3, 4), path)
     with pytest.raises(RuntimeError, match=r"missing\.pt isn't there"):
         load_weights(linear(), tmp_path / "missing.pt")
+
+
+def test_weights_that_lie_below(tmp_path):
+    model = linear()
+    content = {"epoch": 3, "optimizer": sgd(model).state_dict(), "model": nn.DataParallel(model).state_dict()}
+    torch.save(content, tmp_path / "epoch3.pt")
+    match = r"epoch3\.pt holds more .* lie under 'model'; load them by model\.load_state_dict\(torch\.load\('.*\)\['model'\]\)"
+    with pytest.raises(RuntimeError, match=match):
+        load_weights(model, tmp_path / "epoch3.pt")
 
 
 @pytest.mark.parametrize(
