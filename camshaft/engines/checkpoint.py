@@ -19,7 +19,7 @@ from camshaft.randomness import kept_rng, reseed, restore_rng, rng_state
 if TYPE_CHECKING:
     from camshaft.engines.trainer import Trainer
 
-__all__ = ["content_of", "is_finished", "restore"]
+__all__ = ["begins_anew", "content_of", "is_finished", "restore"]
 
 logger = logging.getLogger("camshaft")
 
@@ -197,6 +197,23 @@ def recount(trainer: Trainer, restored: Mapping[str, Any], data: Any) -> None:
         state.iteration = whole_epochs * state.epoch_length + trainer.epoch_iteration
 
 
+def nothing_to_do(state: Any) -> tuple[str, ...]:
+    """What is said of a run whose end has been reached before, and the ways out."""
+    if state.max_iters is None:
+        done, limit, reset = f"{state.epoch} of {state.max_epochs} epochs", "max_epochs", "max_epochs"
+    else:
+        done, limit = f"{state.iteration} of {state.max_iters} iterations", "max_iters"
+        reset = "max_epochs = trainer.state.max_iters"
+    text = "nothing to do: %s are done; raise %s, use another folder, or set trainer.state.%s = None for a run of its own"
+    return text, done, limit, reset
+
+
+def begins_anew(trainer: Trainer) -> bool:
+    """Whether a trainer that was set back is to make a run of its own, which Ignite is told by limits that are ``None``."""
+    state = trainer.state
+    return trainer._restored is not None and state.iteration > 0 and state.max_epochs is None and state.max_iters is None
+
+
 def is_finished(
     trainer: Trainer, restored: Mapping[str, Any], data: Any, max_epochs: int | None, max_iters: int | None
 ) -> bool:
@@ -217,7 +234,7 @@ def is_finished(
     if state.max_epochs is None and state.max_iters is None:
         state.max_epochs = 1
     if trainer._is_done(state):
-        logger.info("nothing to do: epoch %d, iteration %d is the end already", state.epoch, state.iteration)
+        logger.warning(*nothing_to_do(state))
         return True
     if state.epoch_is_open:
         state.epoch -= 1  # Ignite counts it again

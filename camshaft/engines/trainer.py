@@ -13,7 +13,7 @@ from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
 from camshaft.distributed import Failures, pass_together, world_size
-from camshaft.engines.checkpoint import content_of, is_finished, restore
+from camshaft.engines.checkpoint import begins_anew, content_of, is_finished, restore
 from camshaft.engines.data import DataPlace
 from camshaft.engines.epoch_metrics import restore_metrics
 from camshaft.engines.explain import explain
@@ -202,6 +202,8 @@ class Trainer(LoopEngine):
         limits = max_epochs, max_iters
         with self._naming_whoever_fails():
             goes_on = self._internal_run_generator is not None  # interrupted: inside the same epoch
+            if not goes_on and begins_anew(self):
+                self._restored = None
             resumed = self._restored is not None and not goes_on
             if resumed:
                 if is_finished(self, self._restored, data, *limits):  # type: ignore[arg-type]

@@ -157,10 +157,10 @@ class CheckpointRotation(Handler):
         yield from super().listeners()
         for event in self.every:
             yield Listener(event, self.request, Place.AGREE - 1)
-        yield Listener(Events.ITERATION_COMPLETED(self._is_due), self.settle, Place.SAVE)
+        yield Listener(Events.ITERATION_COMPLETED(self._when_due), self.settle, Place.SAVE)
         yield Listener(Events.EPOCH_COMPLETED, self.settle_epoch, Place.SAVE)
         if self.watch is not None:
-            yield Listener(Events.COMPLETED, self.watch.check_at_end, Place.SAVE + 2)
+            yield Listener(Events.COMPLETED, self.check_at_end, Place.SAVE + 2)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
@@ -183,7 +183,7 @@ class CheckpointRotation(Handler):
     def _minutes_are_over(self) -> bool:
         return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
 
-    def _is_due(self, engine: Any, _: int) -> bool:
+    def _when_due(self, engine: Any, _: int) -> bool:
         if engine.together is not None:
             return self.granted
         if self._requested or (self.watch is not None and self.watch.is_new(engine)):
@@ -218,6 +218,11 @@ class CheckpointRotation(Handler):
         self.writer.wait()
         if engine.together is not None:
             agreed([0])  # nobody leaves before the file is there
+
+    def check_at_end(self, engine: Any) -> None:
+        """A metric that a run has ended without is a mistake."""
+        assert self.watch is not None
+        self.watch.check_at_end(engine)
 
     def _look_at_score(self, engine: Any) -> None:
         """Notes a new score, and asks for a checkpoint where it is among the best."""

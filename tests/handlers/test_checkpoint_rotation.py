@@ -1,5 +1,6 @@
 """Checkpoints: which are kept, in what order they are written, what a failing disk does, and how a run goes on."""
 
+import copy
 import errno
 import json
 import os
@@ -487,15 +488,50 @@ def test_a_resume_sets_clocks_and_metrics(tmp_path):
     assert dict(state.metrics) == {"val/score": 0.5}
 
 
-def test_a_resumed_run_that_is_finished_does_nothing(tmp_path):
-    trainer, _ = rotating(tmp_path)
-    trainer.run(batches(3), max_epochs=2)
-    fresh, checkpoints = rotating(tmp_path)
+def resumed(folder, **limit):
+    """A trainer that has been set back to the end of a run."""
+    trainer, _ = rotating(folder)
+    trainer.run(batches(3), **limit)
+    fresh, checkpoints = rotating(folder)
     checkpoints.resume()
-    fired = []
+    return fresh
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (
+            {"max_epochs": 2},
+            "2 of 2 epochs are done; raise max_epochs, use another folder, or set trainer.state.max_epochs = None",
+        ),
+        (
+            {"max_iters": 6},
+            "6 of 6 iterations are done; raise max_iters, use another folder, or set trainer.state.max_epochs = t",
+        ),
+    ],
+    ids=["epochs", "iterations"],
+)
+def test_a_resumed_run_that_is_finished_does_nothing_and_says_so(limit, said, tmp_path, caplog):
+    fresh, fired = resumed(tmp_path, **limit), []
     fresh.add_event_handler(Events.STARTED, lambda: fired.append(True))
-    assert fresh.run(batches(3), max_epochs=2).optimizer_step == 6
+    assert fresh.run(batches(3), **limit).optimizer_step == 6
     assert fired == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"nothing to do: {said}" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_iters": 6}], ids=["epochs", "iterations"])
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_without_limits_a_resumed_trainer_makes_a_run_of_its_own_from_its_weights(limit, asked_before, tmp_path):
+    fresh = resumed(tmp_path, **limit)
+    model, expected = fresh.lead.module, copy.deepcopy(fresh.lead.module)
+    if asked_before:
+        fresh.run(batches(3), **limit)
+    fresh.state.max_epochs = fresh.state.max_iters = None
+    state = fresh.run(batches(2), max_epochs=1)
+    assert (state.epoch, state.iteration, state.optimizer_step) == (1, 2, 2)
+    trainer_of(expected).run(batches(2))
+    assert same(weights(model), weights(expected))
 
 
 def test_best_and_a_path_load_what_they_name(tmp_path):
