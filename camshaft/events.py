@@ -380,8 +380,10 @@ class Handler:
         return type(self).__name__
 
     def describe(self) -> str:
-        """A few words for ``trainer.explain()``."""
-        return self.name or type(self).__name__
+        """A few words for ``trainer.explain()``: the class, behind another name that it was given."""
+        kind = type(self).__name__
+        name = self.name or kind
+        return name if name.startswith(kind) else f"{name}: {kind}"
 
     def state_dict(self) -> dict[str, Any]:
         """The attributes named in ``saved``, as tensors and plain values.

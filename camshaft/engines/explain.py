@@ -24,14 +24,14 @@ CYCLE: tuple[tuple[Any, int], ...] = (
     *((event, 3) for event in StepEvents),
     (Events.ITERATION_COMPLETED, 2),
     (Events.DATALOADER_STOP_ITERATION, 2),
-    (Events.INTERRUPT, 2),
     (Events.TERMINATE_SINGLE_EPOCH, 1),
     (Events.EPOCH_COMPLETED, 1),
     (Events.TERMINATE, 0),
     (Events.COMPLETED, 0),
+    (Events.INTERRUPT, 0),
     (Events.EXCEPTION_RAISED, 0),
 )
-"""Every event in the order in which it fires, and how deep it is nested."""
+"""Every event in the order in which it fires, those that may come at any time last, and how deep it is nested."""
 
 ALWAYS = {Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, *StepEvents}
 ALWAYS |= {Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED, Events.COMPLETED}
@@ -83,13 +83,18 @@ def _describe(entry: Any) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     text = f"{owner.describe()}.{name}" if isinstance(owner, Handler) else _qualified(function, owner, name)
     if isinstance(entry, Filtered):
-        terms = [
-            f"{key}={value!r}" if key != "event_filter" else str(value) for key, value in filter_terms(entry.event).items()
-        ]
+        found = filter_terms(entry.event).items()
+        terms = [f"{key}={value!r}" if key != "event_filter" else _words(str(value)) for key, value in found]
         text += f"  ({', '.join(terms)})"
     if isinstance(owner, Handler) and owner.changes:
         text += f"  [changes {', '.join(owner.changes)}]"
     return text
+
+
+def _words(name: str) -> str:
+    """A filter's name; of one that is called ``when_...``, as the package's own are, the words."""
+    words = name.strip("_").replace("_", " ")
+    return words if words.startswith("when ") else name
 
 
 def _qualified(function: Any, owner: Any, name: str) -> str:

@@ -62,10 +62,10 @@ class EarlyStopping(Handler):
     def listeners(self) -> Iterator[Listener]:
         """The end of each epoch, and of an iteration in which the score was evaluated."""
         yield from super().listeners()
-        yield Listener(Events.ITERATION_COMPLETED(self._is_new) | Events.EPOCH_COMPLETED, self.judge, Place.JUDGE)
-        yield Listener(Events.COMPLETED, self.watch.check_at_end, Place.SAVE + 2)
+        yield Listener(Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED, self.judge, Place.JUDGE)
+        yield Listener(Events.COMPLETED, self.check_at_end, Place.SAVE + 2)
 
-    def _is_new(self, engine: Any, _: int) -> bool:
+    def _when_new(self, engine: Any, _: int) -> bool:
         return self.watch.is_new(engine)
 
     def judge(self, engine: Any) -> None:
@@ -80,6 +80,10 @@ class EarlyStopping(Handler):
         self.stale += 1
         if self.stale >= self.patience:
             self._stop(engine)
+
+    def check_at_end(self, engine: Any) -> None:
+        """A metric that a run has ended without is a mistake."""
+        self.watch.check_at_end(engine)
 
     def _stop(self, engine: Any) -> None:
         best = "none was finite" if self.best is None else f"the best is {self.best:.6g}"

@@ -88,10 +88,10 @@ class LRScheduling(Handler):
         """The event of the clock that was chosen."""
         yield from super().listeners()
         if self.watch is not None:
-            fresh = Events.ITERATION_COMPLETED(self._is_new) | Events.EPOCH_COMPLETED(self._is_new)
+            fresh = Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED(self._when_new)
             yield Listener(fresh, self.step_on_metric, Place.SCHEDULE_BY_METRIC)
             yield Listener(Events.EPOCH_COMPLETED, self.step_on_late_metric, Place.SCHEDULE)
-            yield Listener(Events.COMPLETED, self.watch.check_at_end, Place.SAVE + 2)
+            yield Listener(Events.COMPLETED, self.check_at_end, Place.SAVE + 2)
         elif self.every == "epoch":
             yield Listener(Events.EPOCH_COMPLETED, self.step, Place.SCHEDULE)
         else:
@@ -132,7 +132,12 @@ class LRScheduling(Handler):
         else:
             self.watch.check_exists(engine)
 
-    def _is_new(self, engine: Any, _: int) -> bool:
+    def check_at_end(self, engine: Any) -> None:
+        """A metric that a run has ended without is a mistake."""
+        assert self.watch is not None
+        self.watch.check_at_end(engine)
+
+    def _when_new(self, engine: Any, _: int) -> bool:
         return self.watch is not None and self.watch.is_new(engine)
 
     def describe(self) -> str:

@@ -106,7 +106,7 @@ class TensorBoard(Handler):
         yield from super().listeners()
         at = StepEvents.OPTIMIZER_STEP_COMPLETED(every=self.every)
         yield Listener(at, self.write_scalars, Place.HISTORY)  # before a schedule moves the rate
-        fresh = Events.ITERATION_COMPLETED(self._has_new_metrics) | Events.EPOCH_COMPLETED | Events.COMPLETED
+        fresh = Events.ITERATION_COMPLETED(self._when_metrics_are_new) | Events.EPOCH_COMPLETED | Events.COMPLETED
         yield Listener(fresh, self.write_metrics, Place.LOG)
 
     def on_attach(self, engine: Any) -> None:
@@ -226,13 +226,13 @@ class TensorBoard(Handler):
         entries = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self.writer.file_writer.add_summary(self._summary(value=entries), step, when)
 
-    def _has_new_metrics(self, engine: Any, _: int) -> bool:
+    def _when_metrics_are_new(self, engine: Any, _: int) -> bool:
         return bool(engine.state.metrics.version != self._version)
 
     def write_metrics(self, engine: Any) -> None:
         """Writes new metrics, and with them images and histograms."""
         state = engine.state
-        if not self._has_new_metrics(engine, 0):
+        if not self._when_metrics_are_new(engine, 0):
             return
         self._version = state.metrics.version
         images = {} if self.images is None else self.images(engine)  # every process makes them: it may take all to run a model

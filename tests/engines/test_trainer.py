@@ -18,14 +18,18 @@ from ignite.handlers import (
 from ignite.metrics import Average, Loss, MeanSquaredError, RunningAverage
 from toys import batches, linear, model_of, same, sgd, trainer_of, weights
 
+import camshaft
 from camshaft import (
+    CheckpointRotation,
     FreezeParameters,
     GradientAccumulation,
     GradientClipping,
     LRHistory,
+    LRScheduling,
     MixedPrecision,
     Phase,
     StepEvents,
+    TensorBoard,
     Trainer,
     create_trainer,
 )
@@ -274,6 +278,37 @@ def test_explain_shows_rare_events_only_where_somebody_listens():
     assert "TERMINATE" not in trainer.explain()
     trainer.add_event_handler(Events.TERMINATE, lambda: None)
     assert "TERMINATE" in trainer.explain()
+
+
+def test_explain_shows_the_packages_own_filters_as_words(tmp_path):
+    trainer = trainer_of()
+    CheckpointRotation(tmp_path, keep_best=1, metric="score").attach(trainer)
+    camshaft.EarlyStopping("score").attach(trainer)
+    TensorBoard(tmp_path / "board").attach(trainer)
+    lines = [line.strip() for line in trainer.explain().splitlines()]
+    shown = ["CheckpointRotation.settle  (when due)", "EarlyStopping.judge  (when new)"]
+    assert {*shown, "TensorBoard.write_metrics  (when metrics are new)"} <= set(lines)
+    assert not any("_is_" in line or "MetricWatch" in line for line in lines)
+    assert {"CheckpointRotation.check_at_end", "EarlyStopping.check_at_end"} <= set(lines)
+
+
+def test_explain_shows_a_name_beside_the_class():
+    model = linear()
+    optimizer = sgd(model)
+    trainer = trainer_of(model, optimizer)
+    LRScheduling(torch.optim.lr_scheduler.StepLR(optimizer, 1)).attach(trainer, "halving")
+    GradientClipping(1.0).attach(trainer, "GradientClipping2")
+    text = trainer.explain()
+    assert "    halving: LRScheduling(StepLR).step_in_phase" in text
+    assert "    GradientClipping2(max_norm=1.0).clip" in text
+
+
+def test_explain_shows_what_may_come_at_any_time_at_the_end():
+    trainer = trainer_of()
+    for event in (Events.INTERRUPT, Events.EXCEPTION_RAISED, Events.TERMINATE):
+        trainer.add_event_handler(event, lambda *_: None)
+    names = [line.strip() for line in trainer.explain().splitlines() if line.strip().isupper()]
+    assert names[-5:] == ["EPOCH_COMPLETED", "TERMINATE", "COMPLETED", "INTERRUPT", "EXCEPTION_RAISED"]
 
 
 def test_explain_shows_every_phase():
