@@ -19,7 +19,7 @@ def main() -> None:
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        sys.exit(f"camshaft: the command line needs {' and '.join(missing)}: pip install 'camshaft[cli]'")
+        sys.exit(f"camshaft: the command line needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from camshaft.cli.commands import camshaft
 
     camshaft(prog_name="camshaft")

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from camshaft.rotation import INDEX, step_of
 
-__all__ = ["Folders", "NoRun", "find_folders", "has_checkpoints", "has_events"]
+__all__ = ["Folders", "NoRun", "find_folders", "has_checkpoints", "has_events", "is_run"]
+
+
+SHOWN = 12
+"""How many runs an error names."""
 
 
 class NoRun(ValueError):
@@ -34,6 +38,11 @@ def has_checkpoints(folder: Path) -> bool:
 def has_events(folder: Path) -> bool:
     """Whether TensorBoard would find a run in a folder."""
     return any(folder.glob("events.out.tfevents.*"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds what a run leaves behind."""
+    return has_events(folder) or any(has_checkpoints(inner) for inner in folder.glob("*/"))
 
 
 def find_folders(run: Path) -> Folders:
@@ -66,6 +75,10 @@ def find_folders(run: Path) -> Folders:
         raise NoRun(f"{run} has several folders of checkpoints; give one of {', '.join(map(str, inner))}")
     if inner or has_events(run):
         return Folders(run, inner[0] if inner else None, run if has_events(run) else None)
+    runs = sorted(str(folder) for folder in run.iterdir() if folder.is_dir() and is_run(folder))
+    if runs:
+        more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
+        raise NoRun(f"{run} is a folder of runs; give one of them: {', '.join(runs[:SHOWN])}{more}")
     raise NoRun(
         f"{run} is neither a run's folder (no event files of TensorBoard and no folder of checkpoints in it) "
         f"nor a folder of checkpoints (no {INDEX} and no step-... in it)"

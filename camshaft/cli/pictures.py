@@ -44,7 +44,7 @@ def draw_run(run: Run, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("plotting needs matplotlib: pip install 'camshaft[cli]'") from None
+        raise ModuleNotFoundError("plotting needs matplotlib: pip install matplotlib") from None
     shown = panels(run)
     columns = 2 if len(shown) > 1 else 1
     rows = -(-len(shown) // columns)

@@ -144,7 +144,7 @@ def draw(history: Mapping[str, Sequence[tuple[int, float]]], path: str | Path | 
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("plotting needs matplotlib: pip install 'camshaft[plot]'") from None
+        raise ModuleNotFoundError("plotting needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, points in history.items():

@@ -35,7 +35,7 @@ class Progress(Handler):
         try:
             from tqdm.auto import tqdm
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("the progress bar needs tqdm: pip install 'camshaft[progress]'") from None
+            raise ModuleNotFoundError("the progress bar needs tqdm: pip install tqdm") from None
         if not every_seconds >= 0:
             raise ValueError(f"every_seconds must be a number of at least 0, got {every_seconds!r}")
         self._tqdm, self.every_seconds, self.metrics = tqdm, every_seconds, metrics

@@ -60,7 +60,7 @@ def test_the_package_is_the_same_command(run):
     assert json.loads(done.stdout)["good"] is True
 
 
-def test_without_the_extra_the_error_names_it(run, tmp_path):
+def test_without_a_package_the_error_names_it(run, tmp_path):
     (tmp_path / "hide.py").write_text(
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"
@@ -70,7 +70,7 @@ def test_without_the_extra_the_error_names_it(run, tmp_path):
     )
     done = in_a_shell(sys.executable, tmp_path / "hide.py", "show", run)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "camshaft: the command line needs rich: pip install 'camshaft[cli]'\n"
+    assert done.stderr == "camshaft: the command line needs rich: pip install rich\n"
 
 
 def test_the_package_imports_without_the_extra():
@@ -156,6 +156,13 @@ def test_a_picture_that_cannot_be_drawn_is_an_error(name, run, tmp_path):
     assert f"{name} can't be drawn: " in result.stderr
 
 
+def test_without_matplotlib_the_error_says_how_to_get_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = typed("show", run, "--plot")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("needs matplotlib: pip install matplotlib\n")
+
+
 def test_a_run_without_any_curve_has_no_picture(run):
     for path in [*run.glob("events*"), *run.glob("checkpoints/*.pt")]:
         path.unlink()
@@ -196,6 +203,13 @@ def test_what_a_killed_save_has_left_is_named(run):
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_a_folder_of_runs_is_an_error_that_names_them(command, run):
+    result = typed(command, run.parent)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith(f"{run.parent} is a folder of runs; give one of them: {run}\n")
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])

@@ -57,9 +57,21 @@ def test_several_folders_of_checkpoints_are_an_error_that_names_them(tmp_path):
         find_folders(tmp_path)
 
 
-def test_a_folder_of_several_runs_is_no_run(tmp_path):
-    train(tmp_path / "first", 1)
-    with pytest.raises(NoRun, match="is neither a run's folder .* nor a folder of checkpoints"):
+@pytest.mark.parametrize("board", [True, False], ids=["with event files", "without"])
+def test_a_folder_of_runs_is_no_run_but_names_them(board, tmp_path):
+    train(tmp_path / "second", 1, board=board)
+    shutil.copytree(tmp_path / "second", tmp_path / "first")
+    (tmp_path / "notes").mkdir()
+    named = f"{tmp_path / 'first'}, {tmp_path / 'second'}$"
+    with pytest.raises(NoRun, match=f"is a folder of runs; give one of them: {named}"):
+        find_folders(tmp_path)
+
+
+def test_of_many_runs_some_are_named(tmp_path):
+    train(tmp_path / "run-10", 1)
+    for number in range(11, 25):
+        shutil.copytree(tmp_path / "run-10", tmp_path / f"run-{number}")
+    with pytest.raises(NoRun, match=r"run-10, .*run-21 and 3 more$"):
         find_folders(tmp_path)
 
 

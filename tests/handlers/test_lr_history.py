@@ -1,5 +1,7 @@
 """Every rate that a step used, what it looks like, and what it will be."""
 
+import sys
+
 import pytest
 import torch
 from test_lr_scheduling import SCHEDULERS, by_hand
@@ -110,3 +112,9 @@ def test_the_plot_without_a_path_writes_nothing(tmp_path, monkeypatch):
     assert history.plot() is not None
     assert list(tmp_path.iterdir()) == []
     assert model_of(trainer).weight.requires_grad
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="needs matplotlib: pip install matplotlib$"):
+        LRHistory().plot()

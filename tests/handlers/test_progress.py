@@ -1,6 +1,7 @@
 """The bar shows where the run is, and reads the loss only when it redraws."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -152,3 +153,9 @@ def test_disabled_it_draws_nothing(capsys):
 def test_a_negative_pause_is_an_error(seconds):
     with pytest.raises(ValueError, match="every_seconds must be a number of at least 0, got"):
         Progress(every_seconds=seconds)
+
+
+def test_without_tqdm_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ModuleNotFoundError, match="needs tqdm: pip install tqdm$"):
+        Progress()
