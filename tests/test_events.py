@@ -527,7 +527,7 @@ def test_a_handler_changes_what_there_is():
 TAKES = "can't be called at ITERATION_COMPLETED: a handler takes"
 
 
-@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=2) | Events.COMPLETED], ids=str)
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=2) | Events.COMPLETED])
 def test_a_function_that_wants_the_batch_too_is_told_where_it_is(event):
     def look(engine, batch):
         print(batch)

@@ -436,7 +436,7 @@ def test_guard_names_the_generator():
         ({"amp": "fp8"}, ValueError, "amp must be .* got 'fp8'"),
         ({"critic": nn.Linear(2, 1).to("meta")}, ValueError, "generator is on 'cpu' and the discriminator on 'meta'"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
 def test_settings_that_can_t_be_are_errors_at_creation(settings, error, text):
     with pytest.raises(error, match=text):
