@@ -99,7 +99,10 @@ CONTESTANTS: dict[str, Callable[[Task], Round]] = {}
 """By name: takes a task and gives the function that trains one pass over its batches."""
 NEEDS: dict[str, str] = {}
 """The module that a contestant can't do without."""
-HELD_BACK = {"composer": "mosaicml 0.32.1 needs torch<2.7.1"}
+HELD_BACK = {
+    "composer": "mosaicml 0.32.1 needs torch<2.7.1",
+    "fastai": "it brings torchvision, and with another build than torch's (CPU or CUDA) Lightning and Poutyne fail beside it",
+}
 """Why a module isn't installed beside the others."""
 
 
