@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import pickle
 import re
@@ -98,8 +99,10 @@ def _finish(work: Any) -> None:
     """Waits for a transfer and keeps hold of it until the next one.
 
     A thread of gloo may be the last to let go of a transfer. If Python is ending by then, as it is after a run's last one, the
-    process dies by SIGABRT with all its work done.
+    process dies by SIGABRT with all its work done. So Python's end waits a moment for those threads, too.
     """
+    if not _last_work:
+        atexit.register(time.sleep, 0.5)
     work.wait()
     _last_work[:] = [*_last_work[-3:], work]
 
