@@ -19,6 +19,7 @@ from torch import nn
 __all__ = [
     "Failures",
     "agreed",
+    "all_reduce",
     "average",
     "copy_from_first",
     "everyones",
@@ -74,7 +75,7 @@ def agreed(values: Sequence[int]) -> list[int]:
     Every process must call it at the same moment, with as many numbers.
     """
     numbers = torch.tensor(values, dtype=torch.int64)
-    _finish(dist.all_reduce(numbers, dist.ReduceOp.MAX, group=host_group(), async_op=True))
+    all_reduce(numbers, dist.ReduceOp.MAX, host_group())
     return [int(number) for number in numbers.tolist()]
 
 
@@ -147,16 +148,21 @@ def split_like(tensor: Any, reference: Any) -> Any:
     return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
 
 
+def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    """Puts the sum over all processes, or what else ``op`` says, in place of a tensor."""
+    _finish(dist.all_reduce(tensor, op, group=group, async_op=True))
+
+
 def average(tensors: Iterable[torch.Tensor]) -> None:
     """Puts the mean over all processes in place of each tensor, in one transfer per kind of tensor."""
     for group in _alike(tensors):
         if group[0].is_sparse:
             for tensor in group:
-                _finish(dist.all_reduce(tensor, async_op=True))
+                all_reduce(tensor)
                 tensor.div_(world_size())
             continue
         flat = _flattened(group)
-        _finish(dist.all_reduce(flat, async_op=True))
+        all_reduce(flat)
         _unflatten(flat.div_(world_size()), group)
 
 

@@ -182,7 +182,7 @@ def load_shards(path: Path, manifest: dict[str, Any], reference: Reference, *, t
 
     def target(mark: Mapping[str, Any]) -> torch.Tensor:
         like = reference(mark["tensor"])
-        if like is not None and tuple(like.shape) == tuple(mark["shape"]) and hasattr(like, "to_local"):
+        if like is not None and is_split(like) and tuple(like.shape) == tuple(mark["shape"]):
             targets[mark["tensor"]] = torch.zeros_like(like, dtype=mark["dtype"], requires_grad=False)
         else:
             targets[mark["tensor"]] = torch.empty(mark["shape"], dtype=mark["dtype"])

@@ -644,24 +644,26 @@ def test_handlers_added_or_removed_since_are_one_warning_that_names_them(tmp_pat
     assert added.value == "mine"
 
 
-@pytest.mark.filterwarnings("ignore:resume. the handlers are not those")
-def test_a_handler_that_is_attached_after_the_resume_goes_on_all_the_same(tmp_path):
+def resumed_without_its_holder(folder):
+    """A trainer resumed from a checkpoint that has the state of a handler named ``late``, which isn't attached."""
     trainer = trainer_of()
     Holder(1).attach(trainer, name="late")
-    path = CheckpointRotation(tmp_path).attach(trainer).save()
+    path = CheckpointRotation(folder).attach(trainer).save()
     fresh = trainer_of()
-    CheckpointRotation(tmp_path).attach(fresh).resume(path)
+    CheckpointRotation(folder).attach(fresh).resume(path)
+    return fresh
+
+
+@pytest.mark.filterwarnings("ignore:resume. the handlers are not those")
+def test_a_handler_that_is_attached_after_the_resume_goes_on_all_the_same(tmp_path):
+    fresh = resumed_without_its_holder(tmp_path)
     assert Holder("mine").attach(fresh, name="late").value == 1
     assert Holder("mine").attach(fresh, name="other").value == "mine"
 
 
 @pytest.mark.filterwarnings("ignore:resume. the handlers are not those")
 def test_what_nobody_claimed_before_the_run_is_forgotten(tmp_path):
-    trainer = trainer_of()
-    Holder(1).attach(trainer, name="late")
-    path = CheckpointRotation(tmp_path).attach(trainer).save()
-    fresh = trainer_of()
-    CheckpointRotation(tmp_path).attach(fresh).resume(path)
+    fresh = resumed_without_its_holder(tmp_path)
     fresh.run(batches(1))
     assert Holder("mine").attach(fresh, name="late").value == "mine"
 

@@ -156,6 +156,7 @@ def batch_to_follow(trainer: Trainer) -> Any:
 
 
 def restore_handlers(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Gives each attached handler its state, keeps the others' for those that come before the run, and warns of both."""
     for name, handler in trainer.handlers.items():
         if name in saved:
             handler.load_state_dict(saved[name])

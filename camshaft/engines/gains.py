@@ -20,7 +20,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.utils.data import DataLoader
 
 from camshaft.batches import map_tensors, tensors
-from camshaft.distributed import world_size
+from camshaft.distributed import is_split, world_size
 from camshaft.engines.players import Judging
 from camshaft.engines.supervised import Supervised
 from camshaft.modules import unwrap
@@ -124,10 +124,8 @@ def has_form(optimizer: Optimizer, form: str) -> bool:
 def gain_of_form(optimizer: Optimizer, form: str) -> Gain | str:
     """The optimizer's step beside the same in another form, over copies of its parameters and their gradients."""
     held = parameters_of(optimizer)
-    device, needed = (
-        held[0].device,
-        6 * sum(p.numel() * p.element_size() for p in held),
-    )  # with gradients, and two states of two
+    device = held[0].device
+    needed = 6 * sum(p.numel() * p.element_size() for p in held)  # with gradients, and two states of two
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MOST_COPIED
     if needed > room:
         return f"not measured: copies of {len(held)} tensors would take {needed / 2**30:.1f} GiB"
@@ -190,7 +188,7 @@ def gain_of_passes(
     inputs, module = inputs_of(state, phase), phase.module
     if isinstance(inputs, str):
         return inputs
-    if unwrap(module) is not module or any(hasattr(p, "to_local") for p in module.parameters()):
+    if unwrap(module) is not module or any(is_split(p) for p in module.parameters()):
         return f"not measured: the network is wrapped ({type(module).__name__})"
     parts = [*module.modules(), module_hooks]
     if any(getattr(part, name, None) for part in parts for name in (*HOOKS, *(f"_global{hook}" for hook in HOOKS))):

@@ -164,6 +164,7 @@ def where(engine: Any) -> str:
 
 
 def describe_loss(named: Any, loss: Callable[..., Any]) -> str:
+    """How an error names a loss: as the user has written it, or by the name of its function."""
     return f"loss {named!r}" if isinstance(named, str) else f"loss {name_of(loss)}"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import ReduceOp
 
-from camshaft.distributed import agreed, average, everyones, rank, replica, shards, world_size
+from camshaft.distributed import agreed, all_reduce, average, everyones, is_split, rank, replica, shards, world_size
 
 if TYPE_CHECKING:
     from camshaft.engines.phase import Phase
@@ -113,7 +113,7 @@ class Replicas:
 
     def _mean_weight(self, weight: Any) -> torch.Tensor:
         total = torch.as_tensor(weight, dtype=torch.float64, device=self.phase.device).clone()
-        dist.all_reduce(total)
+        all_reduce(total)
         return total / world_size()
 
     def gathered(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Replicas:
 
     def worst(self, verdicts: torch.Tensor, overflows: list[torch.Tensor]) -> torch.Tensor:
         """Each verdict on the coming step as the strictest process has it; the scaler hears of it too."""
-        dist.all_reduce(verdicts, dist.ReduceOp.MAX)
+        all_reduce(verdicts, ReduceOp.MAX)
         for found, verdict in zip(overflows, verdicts[len(verdicts) - len(overflows) :], strict=True):
             found.copy_(verdict)
         return verdicts
@@ -195,11 +195,6 @@ def forget_gradients(part: Any) -> None:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):  # not before the first forward pass
                 parameter._unsharded_param.grad = None
-
-
-def is_split(tensor: torch.Tensor) -> bool:
-    """Whether each process holds a part of a tensor."""
-    return hasattr(tensor, "to_local")
 
 
 def _same(ones: list[float], others: list[float]) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from camshaft.distributed import is_split
 from camshaft.engines.gains import Gain, Measure, gain_of_form, gain_of_passes, has_form, measured, parameters_of
 from camshaft.engines.gains import start_of_workers as start
 from camshaft.engines.phase import Phase, has_own_zero_grad
@@ -120,7 +121,7 @@ def about_convolutions(trainer: Trainer, phase: Phase, label: str) -> Iterator[A
 def kernels(module: nn.Module) -> list[torch.Tensor]:
     """The weights of a network's convolutions that are whole and have a shape."""
     weights = [part.weight for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd)]
-    return [weight for weight in weights if not is_lazy(weight) and not hasattr(weight, "to_local")]
+    return [weight for weight in weights if not is_lazy(weight) and not is_split(weight)]
 
 
 def about_precision(trainer: Trainer, phase: Phase, label: str) -> Iterator[Advice]:

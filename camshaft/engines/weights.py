@@ -54,6 +54,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def write(state: Mapping[str, Any], path: Path) -> None:
+    """Writes a state dict durably, and makes its folder where it isn't there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_durably(dict(state), path)
 

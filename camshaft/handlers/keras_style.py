@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from camshaft.batches import length
-from camshaft.distributed import world_size
+from camshaft.distributed import all_reduce, world_size
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on, pack, stop
 from camshaft.modules import unwrap
 
@@ -314,7 +313,7 @@ def means(totals: Mapping[str, Any], samples: int) -> dict[str, float]:
     device = next((total.device for total in totals.values() if isinstance(total, torch.Tensor)), None)
     parts = [torch.as_tensor(part).to(device, torch.float64).reshape(()) for part in (*totals.values(), samples)]
     together = torch.stack(parts)
-    dist.all_reduce(together)
+    all_reduce(together)
     *sums, samples = together.tolist()
     return {name: total / samples for name, total in zip(totals, sums, strict=True)}
 

@@ -10,11 +10,10 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from camshaft.batches import length
 from camshaft.board import CYCLE, ENDED, finished, layout
-from camshaft.distributed import agreed, everyones, is_writer, local, world_size
+from camshaft.distributed import agreed, all_reduce, everyones, is_writer, local, world_size
 from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
 
 __all__ = ["TensorBoard"]
@@ -195,7 +194,7 @@ class TensorBoard(Handler):
         loss = torch.stack(point.losses).sum() if point.losses else 0.0
         parts = [loss, float(point.samples), *own, *([] if is_everywhere else map(float, has))]
         summed = torch.stack([torch.as_tensor(part).detach().to(device, torch.float64).reshape(()) for part in parts])
-        dist.all_reduce(summed)
+        all_reduce(summed)
         count = self._world if is_everywhere else summed[2 + len(names) :]
         means = (summed[2 : 2 + len(names)] / count).float()
         losses = [summed[0].float()] if point.losses else []
