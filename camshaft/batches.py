@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["detached", "length", "map_tensors", "prepare_pair", "tensors", "to_device"]
+__all__ = ["detached", "form", "length", "map_tensors", "prepare_pair", "tensors", "to_device"]
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
@@ -76,6 +76,34 @@ def tensors(batch: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             yield from tensors(getattr(batch, field.name))
+
+
+def form(batch: Any, found: list[torch.Tensor]) -> Hashable:
+    """What two batches must have in common to be handled by the same work on a device.
+
+    Args:
+        batch: tensors in any nest.
+        found: every tensor is added to it, in the order of :func:`map_tensors`.
+
+    Returns:
+        The structure, with each tensor's shape, type and device, and everything else as it is.
+
+    Raises:
+        TypeError: where something that is no tensor can't be compared by hash.
+    """
+    if isinstance(batch, torch.Tensor):
+        found.append(batch)
+        return batch.shape, batch.dtype, batch.device
+    if isinstance(batch, (list, tuple)):
+        return type(batch), *[form(item, found) for item in batch]
+    if isinstance(batch, Mapping):
+        return type(batch), *[(key, form(value, found)) for key, value in batch.items()]
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [field.name for field in dataclasses.fields(batch) if field.init]
+        return type(batch), *[form(getattr(batch, name), found) for name in names]
+    if not isinstance(batch, Hashable):
+        raise TypeError(f"{describe(batch)} in a batch can't be compared with that of the next; make it a tensor")
+    return batch
 
 
 def length(batch: Any) -> int | None:

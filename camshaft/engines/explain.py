@@ -70,6 +70,8 @@ def _settings(trainer: Trainer) -> Iterator[str]:
             text += f", weighted by {weight if isinstance(weight, str) else getattr(weight, '__name__', weight)}"
         if phase.autocast is not None:
             text += f", {str(phase.autocast.fast_dtype).removeprefix('torch.')}" + (", scaled" if phase.scaler else "")
+        if phase.capture is not None:
+            text += ", as CUDA graphs" + ("" if phase.capture.records_steps else " (but for the optimizer's step)")
         yield text
 
 

@@ -84,6 +84,7 @@ class LoopEngine(Engine):
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
         """Adds a handler, as Ignite does; it runs among the users' handlers of the event, in order of addition."""
+        self._check_event(event_name)
         check_takes_engine(handler, event_name, *args, **kwargs)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         self._sort(event_name)
@@ -100,6 +101,7 @@ class LoopEngine(Engine):
         Returns:
             The handle that removes it.
         """
+        self._check_event(event_name)
         check_takes_engine(handler, event_name)
         known = {id(entry) for event in split(event_name) for entry in self._event_handlers.get(event, ())}
         handle = super().add_event_handler(event_name, handler)
@@ -114,6 +116,9 @@ class LoopEngine(Engine):
         """Removes a handler, as Ignite does."""
         super().remove_event_handler(handler, event_name)
         self._sort(event_name)
+
+    def _check_event(self, event_name: Any) -> None:
+        """Raises where nobody can listen to an event."""
 
     def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
         return Filtered(self, event_name, handler)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from camshaft.batches import detached, to_device
 from camshaft.distributed import local, split_like
+from camshaft.engines.capture import Capture
 from camshaft.engines.checks import (
     bad_loss,
     check_count,
@@ -117,6 +118,8 @@ class Phase:
         self.autocast: torch.autocast | None = None
         self.scaler: torch.amp.GradScaler | None = None
 
+        self.capture: Capture | None = None
+        """Runs the passes and the step as CUDA graphs; ``None`` where they run one operation at a time."""
         self.reduced_by_hand = False
         """Whether the objective calls the network past its DDP wrapper, so that gradients are reduced when a window closes."""
         self.replicas: Replicas | None = None
@@ -125,7 +128,8 @@ class Phase:
         self._refusals: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
         self._optimizers_zero = any(has_own_zero_grad(item) for item in self.optimizers)
-        self._kept_in_eval: list[nn.Module] = []
+        self.kept_in_eval: list[nn.Module] = []
+        """The submodules that the user keeps in eval mode while the module trains."""
         self._passed_through: list[nn.Parameter] | None = None
         self.remember_modes()
 
@@ -157,31 +161,42 @@ class Phase:
         self.forward_passes += 1
         if heard.forward_started:
             fire(FORWARD_STARTED)
+        if self.capture is None:
+            self.forward(engine, prepared)
+            if heard.forward_completed:
+                fire(FORWARD_COMPLETED)
+            if heard.backward_started:
+                fire(BACKWARD_STARTED)
+            self.backward(state, None if window.plain else window.gather(batch))
+        else:
+            self.capture.passes(engine, prepared, None if window.plain else window.gather(batch))
+        window.batches += 1
+        if heard.backward_completed:
+            fire(BACKWARD_COMPLETED)
+
+        return (window.plain or window.batches == window.length) and self.close_window(engine)
+
+    def forward(self, engine: Trainer, prepared: Any) -> None:
+        """Takes a prepared batch forward: ``state.loss`` is its loss, with the graph."""
         if self.autocast is None:
             result = self.objective(engine, prepared)
         else:
             with self.autocast:
                 result = self.objective(engine, prepared)
+        state = engine.state
         state.loss = result if isinstance(result, torch.Tensor) else self._named_losses(state, result)
-        if heard.forward_completed:
-            fire(FORWARD_COMPLETED)
 
-        if heard.backward_started:
-            fire(BACKWARD_STARTED)
+    def backward(self, state: Any, weight: Any) -> None:
+        """Takes ``state.loss`` backward, by its share of the window; nothing of the graph is left."""
         loss = state.loss
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise bad_loss(loss, f"the loss of phase {self.name!r} (from {name_of(self.objective)})")
-        share = loss if window.plain else window.share(loss, batch)
+        share = loss if self.window.plain else self.window.share(loss, weight)
         (share if self.scaler is None else self.scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
-        window.batches += 1
         state.loss = loss.detach()
         y_pred = state.y_pred
         if y_pred is not None:
             state.y_pred = y_pred.detach() if isinstance(y_pred, torch.Tensor) else detached(y_pred)
-        if heard.backward_completed:
-            fire(BACKWARD_COMPLETED)
-
-        return (window.plain or window.batches == window.length) and self.close_window(engine)
 
     def close_window(self, engine: Trainer) -> bool:
         """Makes the optimizer step of the open window from the gradients that it has gathered.
@@ -209,8 +224,7 @@ class Phase:
             if not ((self._refusals or self.scaler is not None) and self._refused()):
                 if heard.optimizer_step_started:
                     fire(OPTIMIZER_STEP_STARTED)
-                for optimizer in self.optimizers:
-                    optimizer.step()
+                self.step()
                 completed = True
         finally:
             if not completed:  # the next attempt has the number again
@@ -227,6 +241,14 @@ class Phase:
             self.skipped_steps = state.skipped_steps = self.skipped_steps + 1
             fire(OPTIMIZER_STEP_SKIPPED)
         return completed
+
+    def step(self) -> None:
+        """The optimizers' step, and nothing else."""
+        if self.capture is not None:
+            self.capture.step()
+            return
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     # -- the window ---------------------------------------------------------------------------------------------------
 
@@ -341,12 +363,14 @@ class Phase:
         """Notes which submodules the user keeps in eval mode (a frozen BatchNorm) while the module trains."""
         self._passed_through = None  # the frozen modules may have other parameters by now
         if self.module.training:
-            self._kept_in_eval = [part for part in self.module.modules() if not part.training]
+            self.kept_in_eval = [part for part in self.module.modules() if not part.training]
+        if self.capture is not None:
+            self.capture.check_surroundings()
 
     def restore_modes(self) -> None:
         """Puts the module in training mode, but for the submodules that the user keeps in eval mode."""
         self.module.train()
-        for part in self._kept_in_eval:
+        for part in self.kept_in_eval:
             part.training = False
 
     @contextmanager
@@ -427,6 +451,8 @@ class Phase:
         self.optimizer_step = state["optimizer_step"]
         self.skipped_steps = state["skipped_steps"]
         self.forward_passes = state["forward_passes"]
+        if self.capture is not None:
+            self.capture.forget()
         self._load_window(state.get("window"))
 
     def _load_window(self, window: Mapping[str, Any] | None) -> None:

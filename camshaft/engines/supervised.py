@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import detached, prepare_pair
+from camshaft.engines.capture import Capture
 from camshaft.engines.checks import check_count, check_no_class, check_prepare, name_of
 from camshaft.engines.phase import Phase
 from camshaft.engines.trainer import Trainer
@@ -38,6 +39,7 @@ def create_trainer(
     model_transform: Callable[[Any], Any] | None = None,
     output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] | None = None,
     compute_loss: Callable[[nn.Module, Any], Any] | None = None,
+    capture: bool = False,
 ) -> Trainer:
     """Makes a trainer whose ``run(loader, max_epochs=...)`` trains the model.
 
@@ -64,6 +66,9 @@ def create_trainer(
         output_transform: called with detached ``(x, y, y_pred, loss)``, gives ``state.output``; by default the loss.
         compute_loss: any other objective: called as ``compute_loss(model, batch)`` with the batch on the device, under
             autocast; gives a scalar or a mapping with ``"loss"``, whose other entries are logged by name.
+        capture: runs forward, backward, clipping and step as CUDA graphs, for batches of the same shape and a loss whose
+            Python does the same each time. Adam and AdamW must be made with ``capturable=True``. Nobody can listen to
+            ``FORWARD_COMPLETED`` and ``BACKWARD_STARTED``.
 
     Returns:
         The trainer.
@@ -98,6 +103,10 @@ def create_trainer(
         objective.device, objective.non_blocking = phase.device, non_blocking
         trainer = Trainer([phase], output=None if output_transform is None else Output(output_transform))
 
+    if not isinstance(capture, bool):
+        raise TypeError(f"capture must be True or False, got {capture!r}")
+    if capture:
+        phase.capture = Capture(phase)
     if amp is not None:
         MixedPrecision(amp).attach(trainer)
     check_count(accumulation_steps, "accumulation_steps")

@@ -45,12 +45,14 @@ class Together:
         """Sees at the beginning of a run that every process is about to do the same.
 
         Raises:
-            RuntimeError: where a model is trained that isn't wrapped, or the processes have different plans; names both.
+            RuntimeError: where a model is trained that isn't wrapped or is captured, or the processes have different plans.
         """
         trainer, state = self.trainer, self.trainer.state
         self.wish_to_stop = None
         self.wish_to_end_epoch = self.wish_to_skip_completed = self.wish_to_interrupt = False
         for phase in trainer.phases.values():
+            if phase.capture is not None:
+                raise RuntimeError("capture=True is for one process: what the processes send each other can't be recorded")
             check_wrapped(phase)
             phase.replicas = phase.replicas or Replicas(phase)
             phase.replicas.checked = False

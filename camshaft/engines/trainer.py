@@ -13,6 +13,7 @@ from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
 from camshaft.distributed import Failures, pass_together, world_size
+from camshaft.engines.capture import check_outside
 from camshaft.engines.checkpoint import begins_anew, content_of, is_finished, restore
 from camshaft.engines.data import DataPlace
 from camshaft.engines.epoch_metrics import restore_metrics
@@ -127,6 +128,11 @@ class Trainer(LoopEngine):
     def window_is_open(self) -> bool:
         """Whether any phase has gathered gradients that no optimizer step has used yet."""
         return any(phase.window_is_open for phase in self.phases.values())
+
+    def _check_event(self, event_name: Any) -> None:
+        """Raises where nobody can listen to an event: inside a CUDA graph."""
+        if self.lead.capture is not None:
+            check_outside(event_name)
 
     def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
         if isinstance(event_name, PhaseEvent):

@@ -75,12 +75,18 @@ class Window:
         self.is_doomed = left < self.steps and not short
         self.length, self.weight = int(left) if short else self.steps, 0.0
 
-    def share(self, loss: torch.Tensor, batch: Any) -> torch.Tensor:
-        """What of a batch's loss goes backward: its part of the window's mean, or its weight times the loss."""
+    def gather(self, batch: Any) -> Any:
+        """Counts a batch's weight, and returns it; ``None`` where each batch counts the same."""
         if self.loss_weight == "batch":
-            return loss if self.length == 1 else loss / self.length
+            return None
         weight = self.weigh(batch)
         self.weight += weight
+        return weight
+
+    def share(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
+        """What of a batch's loss goes backward: its part of the window's mean, or its weight times the loss."""
+        if weight is None:
+            return loss if self.length == 1 else loss / self.length
         share: torch.Tensor = loss * weight
         return share
 

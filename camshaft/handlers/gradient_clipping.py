@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from camshaft.distributed import whole
@@ -72,17 +73,27 @@ class GradientClipping(Handler):
         state = engine.state
         if self.phase is not None and state.phase != self.phase:
             return
-        parameters = engine.phases[state.phase].parameters()
+        phase = engine.phases[state.phase]
+        parameters = phase.parameters()
+        if phase.capture is None:
+            norm = self._clip(parameters)
+        else:
+            bounds = self.max_norm, self.norm_type, self.clip_value
+            norm = phase.capture.clip(bounds, lambda: self._clip(parameters))
+        if state.grad_norm is None:  # another clipping may have been here before
+            state.grad_norm = whole(norm)
+        if self.function is not None:
+            self.function(parameters)
+
+    def _clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Clips to the bounds; returns the norm that was."""
         if self.max_norm is not None:
             norm = nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
-        if state.grad_norm is None:  # another clipping may have been here before
-            state.grad_norm = whole(norm)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
-        if self.function is not None:
-            self.function(parameters)
+        return norm
 
     def describe(self) -> str:
         """Its name and bounds."""

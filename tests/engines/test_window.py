@@ -26,7 +26,7 @@ def gather(window, losses, data):
     """The shares of some batches, as the step takes them."""
     shares = []
     for loss, batch in zip(losses, data, strict=True):
-        shares.append(float(window.share(torch.tensor(loss, dtype=torch.float64), batch)))
+        shares.append(float(window.share(torch.tensor(loss, dtype=torch.float64), window.gather(batch))))
         window.batches += 1
     return shares
 
