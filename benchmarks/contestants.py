@@ -391,6 +391,13 @@ def camshaft_compiled(task: Task) -> Round:
     return lambda: trainer.run(task.batches, max_epochs=1)
 
 
+@contestant("camshaft, captured")
+def camshaft_captured(task: Task) -> Round:
+    """Passes and step as CUDA graphs, with every event but two at its moment."""
+    trainer = camshaft_trainer(task, capture=True)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
 @contestant("camshaft, accumulating")
 def camshaft_accumulating(task: Task) -> Round:
     trainer = camshaft_trainer(task, accumulation_steps=WINDOW)
@@ -417,8 +424,8 @@ def camshaft_logging(task: Task) -> Round:
 
 
 @contestant("camshaft, everything", needs="tqdm")
-def camshaft_everything(task: Task) -> Round:
-    """Every handler that is shipped and fits one process on a CPU in full precision."""
+def camshaft_everything(task: Task, **options: Any) -> Round:
+    """Every handler that is shipped and fits one process in full precision."""
     from ignite.metrics import Loss
 
     from camshaft import (
@@ -434,7 +441,7 @@ def camshaft_everything(task: Task) -> Round:
         create_evaluator,
     )
 
-    trainer = camshaft_trainer(task, clip_grad_norm=1.0, scheduler=task.scheduler)
+    trainer = camshaft_trainer(task, clip_grad_norm=1.0, scheduler=task.scheduler, **options)
     evaluator = create_evaluator(task.model, metrics={"loss": Loss(task.loss_fn)})
     LRHistory().attach(trainer)
     ExponentialMovingAverage(0.999).attach(trainer)
@@ -446,6 +453,12 @@ def camshaft_everything(task: Task) -> Round:
     CheckpointRotation(task.folder / "checkpoints", keep_last=1).attach(trainer)
     StopOnSignal().attach(trainer)
     return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, everything, captured", needs="tqdm")
+def camshaft_everything_captured(task: Task) -> Round:
+    """The same with passes, clipping and step as CUDA graphs."""
+    return camshaft_everything(task, capture=True)
 
 
 def camshaft_game(steps: int, penalised: bool) -> Callable[[Task], Round]:

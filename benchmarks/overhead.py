@@ -127,15 +127,16 @@ def comparisons_on(device: str) -> Iterator[Comparison]:
                 "camshaft",
                 "camshaft, prefetched",
                 "camshaft, compiled",
+                "camshaft, captured",
                 "blog template",
                 "bare loop, captured",
                 "Ignite",
             )
             for rival in rivals:
                 yield Comparison(f"gpu, {size}{kernels}", "bare loop", (rival,), size=size + kernels, device=device)
-        for rival in ("camshaft, everything", "camshaft, TensorBoard + bar"):
-            baseline = "bare loop, " + rival.split(", ")[1]
-            yield Comparison(f"gpu, {size}, logged", baseline, (rival,), size=size, batches=400, rounds=11, device=device)
+        for rival in ("camshaft, everything", "camshaft, everything, captured", "camshaft, TensorBoard + bar"):
+            baseline, kind = "bare loop, " + rival.split(", ")[1], f"{size}, fused" if "captured" in rival else size
+            yield Comparison(f"gpu, {size}, logged", baseline, (rival,), size=kind, batches=400, rounds=11, device=device)
 
 
 # -- one comparison, in a process of its own ------------------------------------------------------------------------------

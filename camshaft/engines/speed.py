@@ -15,10 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from camshaft.distributed import is_split
+from camshaft.distributed import is_split, world_size
 from camshaft.engines.gains import Gain, Measure, gain_of_form, gain_of_passes, has_form, measured, parameters_of
 from camshaft.engines.gains import start_of_workers as start
 from camshaft.engines.phase import Phase, has_own_zero_grad
+from camshaft.engines.recordings import RECORDERS
+from camshaft.engines.supervised import Custom, Supervised
 from camshaft.prefetch import Prefetch
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ def about_phase(trainer: Trainer, phase: Phase) -> Iterator[Advice]:
     yield from about_convolutions(trainer, phase, label)
     yield from about_precision(trainer, phase, label)
     yield from about_compiling(phase, label)
+    if isinstance(phase.objective, (Supervised, Custom)) and phase.device.type in RECORDERS and world_size() == 1:
+        why = "each operation of a step is launched by itself; for batches of one shape"
+        left_alone = "not measured: recording takes longer than many steps"
+        yield Advice("create_trainer(..., capture=True)", why, left_alone, phase.capture is not None)
 
 
 def about_clearing(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:

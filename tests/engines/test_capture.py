@@ -461,3 +461,8 @@ def test_a_clipping_of_ones_own_is_called_at_each_step():
     prepare = lambda trainer: GradientClipping(function=lambda parameters: calls.append(1)).attach(trainer)  # noqa: E731
     assert_same(3, prepare=prepare)
     assert len(calls) == 2 * 6 * 7
+
+
+def test_what_would_make_a_run_faster_names_it():
+    assert "create_trainer(..., capture=True)\n      each operation of a step" in trainer_of().explain(speed=True)
+    assert "create_trainer(..., capture=True)" in trainer_of(capture=True).explain(speed=True).split("taken already:")[1]

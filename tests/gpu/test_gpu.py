@@ -83,10 +83,10 @@ def without_waiting(trainer, mode="error"):
     trainer.add_event_handler_at(-10_000, Events.EPOCH_COMPLETED, lambda: torch.cuda.set_sync_debug_mode("default"))
 
 
-def full_trainer(folder, amp=None, **options):
+def full_trainer(folder, amp=None, optimizer=None, **options):
     """A trainer with everything attached."""
     model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, **optimizer or {})
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
     trainer = create_trainer(
         model, optimizer, nn.functional.cross_entropy, amp=amp, accumulation_steps=2, clip_grad_norm=1.0, scheduler=scheduler,
@@ -204,15 +204,81 @@ def test_channels_last_stays():
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# -- graphs --------------------------------------------------------------------------------------------------------------
+
+
+def captured(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **options):
+    """A run whose learning rate is the same number as a tensor and not; gives weights, losses and norms."""
+    model, seen = network(), []
+    kernels = {"fused": True} if made is torch.optim.SGD else {"capturable": True}
+    optimizer = made(model.parameters(), lr=2.0**-7, **kernels)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if made is not torch.optim.RMSprop else None
+    trainer = create_trainer(
+        model, optimizer, nn.functional.cross_entropy, amp=amp, capture=capture, clip_grad_norm=1.0, scheduler=scheduler,
+        schedule_every="epoch", **options,
+    )  # fmt: skip
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append((trainer.state.loss, trainer.state.y_pred)))
+    torch.manual_seed(5)
+    trainer.run(batches, max_epochs=epochs)
+    found = weights(model) | {f"loss {n}": loss for n, (loss, _) in enumerate(seen)}
+    return found | {f"y_pred {n}": y_pred for n, (_, y_pred) in enumerate(seen)}, trainer
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_captured_step_gives_the_same_bits(amp, window):
+    (expected, _), (found, trainer) = (captured(c, on_device(), amp=amp, accumulation_steps=window) for c in (False, True))
+    assert differing(expected, found) == set()
+    assert trainer.lead.capture._surroundings, "nothing was recorded"
+
+
+@pytest.mark.parametrize("made", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_a_captured_step_of_other_optimizers_gives_the_same_bits(made):
+    (expected, _), (found, _) = (captured(c, on_device(), made=made) for c in (False, True))
+    assert differing(expected, found) == set()
+
+
+def test_a_captured_step_waits_for_nothing(tmp_path):
+    trainer = full_trainer(tmp_path, "bf16", optimizer={"capturable": True}, capture=True)
+    without_waiting(trainer)
+    trainer.run(Prefetch(loader_of(num_workers=2), DEVICE), max_epochs=4)
+    assert trainer.state.optimizer_step == 24
+
+
+def test_a_loss_that_waits_can_not_be_captured_and_the_device_lives_on():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    waits = lambda y_pred, y: nn.functional.cross_entropy(y_pred, y) * y_pred.max().item()  # noqa: E731
+    trainer = create_trainer(model, optimizer, waits, capture=True)
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="can't be recorded as a CUDA graph"):
+        trainer.run(on_device())
+    assert torch.cuda.current_stream() == stream
+    assert float(torch.ones(3, device=DEVICE).sum()) == 3
+
+
+def test_the_memory_of_a_captured_run_does_not_grow():
+    allocated = []
+    model = network()
+    trainer = create_trainer(
+        model, torch.optim.AdamW(model.parameters(), capturable=True), nn.functional.cross_entropy, capture=True
+    )
+    note = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), note)
+    trainer.run(itertools.chain.from_iterable(itertools.repeat(on_device())), max_iters=5_000)
+    assert len(set(allocated)) == 1, allocated
+
+
 # -- resume ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
 @pytest.mark.parametrize("ahead", [False, True], ids=["loader", "prefetched"])
-def test_a_resumed_run_is_the_same_bit_for_bit(amp, ahead):
+@pytest.mark.parametrize("capture", [False, True], ids=["eager", "captured"])
+def test_a_resumed_run_is_the_same_bit_for_bit(amp, ahead, capture):
     def make_run(folder):
         seed_everything(0)
-        trainer = full_trainer(folder, amp)
+        trainer = full_trainer(folder, amp, optimizer={"capturable": capture}, capture=capture)
         loader = loader_of(shuffle=True)
         return trainer, lambda: trainer.run(Prefetch(loader, DEVICE) if ahead else loader, max_epochs=2)
 
