@@ -28,6 +28,7 @@ from camshaft.engines.window import Window
 from camshaft.events import StepEvents
 from camshaft.mistakes import came
 from camshaft.modules import unwrap
+from camshaft.norms import Norms
 
 if TYPE_CHECKING:
     from camshaft.engines.trainer import Trainer
@@ -124,6 +125,11 @@ class Phase:
         """Whether the objective calls the network past its DDP wrapper, so that gradients are reduced when a window closes."""
         self.replicas: Replicas | None = None
         """The same network on other processes; ``None`` where there is one process."""
+
+        self.norm_order = float("inf")
+        """The order of the norm that a clipping takes of the gradients; whoever looks at them before takes the same."""
+        self.norms: Norms | None = None
+        """The norms of the open window's gradients, where somebody has taken them before the clipping."""
 
         self._refusals: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
@@ -227,6 +233,7 @@ class Phase:
                 self.step()
                 completed = True
         finally:
+            self.norms = None  # it holds the gradients
             if not completed:  # the next attempt has the number again
                 self.optimizer_step = state.optimizer_step = self.optimizer_step - 1
         self.window.close()

@@ -10,6 +10,7 @@ from torch import nn
 
 from camshaft.distributed import whole
 from camshaft.events import Handler, Place, StepEvents, on
+from camshaft.norms import Norms
 
 __all__ = ["GradientClipping"]
 
@@ -64,8 +65,14 @@ class GradientClipping(Handler):
         self.function, self.phase = function, phase
 
     def on_attach(self, engine: Any) -> None:
-        """Checks the phase's name."""
-        engine.phases_named(self.phase)
+        """Checks the phase's name, and says which norm is going to be taken."""
+        for phase in engine.phases_named(self.phase):
+            phase.norm_order = self.norm_type
+
+    def on_detach(self, engine: Any) -> None:
+        """Nobody takes that norm any more."""
+        for phase in engine.phases_named(self.phase):
+            phase.norm_order = float("inf")
 
     @on(StepEvents.GRADIENTS_READY, place=Place.CLIP)
     def clip(self, engine: Any) -> None:
@@ -76,7 +83,7 @@ class GradientClipping(Handler):
         phase = engine.phases[state.phase]
         parameters = phase.parameters()
         if phase.capture is None:
-            norm = self._clip(parameters)
+            norm = self._clip(parameters, phase.norms)
         else:
             bounds = self.max_norm, self.norm_type, self.clip_value
             norm = phase.capture.clip(bounds, lambda: self._clip(parameters))
@@ -85,12 +92,14 @@ class GradientClipping(Handler):
         if self.function is not None:
             self.function(parameters)
 
-    def _clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Clips to the bounds; returns the norm that was."""
+    def _clip(self, parameters: list[nn.Parameter], known: Norms | None = None) -> torch.Tensor:
+        """Clips to the bounds; returns the norm that was, from norms that are known already where they are the gradients'."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = None if known is None else known.total(gradients, self.norm_type)
+        if norm is None:
+            norm = nn.utils.get_total_norm(gradients, self.norm_type)
         if self.max_norm is not None:
-            norm = nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
+            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         return norm

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from camshaft.distributed import local, world_size
+from camshaft.distributed import world_size
 from camshaft.events import Handler, Place, StepEvents, on
+from camshaft.norms import Norms
 
 __all__ = ["NonFiniteGuard"]
 
@@ -18,7 +19,9 @@ class NonFiniteGuard(Handler):
     """Looks at the losses and the gradient of every window before the weights change.
 
     Under float16 an overflow of the scaled gradient is the scaler's business, and the guard lets it be. Its
-    question is answered together with the scaler's, in one transfer per optimizer step.
+    question is answered together with the scaler's, in one transfer per optimizer step. Beside a
+    :class:`GradientClipping` it looks at the norms that the clipping takes, so that they are taken once; then a norm that
+    overflows isn't finite either.
 
     Args:
         action: what to do: ``"raise"`` a ``FloatingPointError`` that names the iteration and what isn't finite, ``"skip"``
@@ -36,6 +39,8 @@ class NonFiniteGuard(Handler):
             raise ValueError(f"action must be one of {', '.join(map(repr, ACTIONS))}, got {action!r}")
         self.action = action
         self._losses: list[tuple[int, torch.Tensor]] = []
+        self._trained: list[torch.nn.Parameter] = []
+        self._norms: torch.Tensor | None = None
 
     @on(StepEvents.BACKWARD_COMPLETED, place=Place.GUARD)
     def note_loss(self, engine: Any) -> None:
@@ -49,10 +54,12 @@ class NonFiniteGuard(Handler):
     def check(self, engine: Any) -> None:
         """Asks that the step be refused where anything isn't finite."""
         phase = engine.phases[engine.state.phase]
-        bad = any_non_finite([loss for _, loss in self._losses])
-        gradients = [p.grad for p in phase.parameters() if p.grad is not None]
-        if gradients:
-            bad_gradient = any_non_finite(gradients)
+        bad = ~torch.stack([loss.reshape(()) for _, loss in self._losses]).isfinite().all()
+        self._trained = [p for p in phase.parameters() if p.grad is not None]
+        if self._trained:
+            phase.norms = Norms.of([p.grad for p in self._trained], phase.norm_order)  # type: ignore[misc]
+            self._norms = phase.norms.each
+            bad_gradient = ~self._norms.isfinite().all()
             for overflow in phase.overflows():  # the scaler's own business
                 bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
             bad = bad | bad_gradient.to(bad.device)
@@ -72,23 +79,15 @@ class NonFiniteGuard(Handler):
         for iteration, loss in self._losses:
             if not bool(loss.isfinite()):
                 return f"the loss of iteration {iteration} is {float(loss)}, {where}; the weights are as before it"
-        named = engine.phases[state.phase].module.named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not bool(local(p.grad).isfinite().all())]
+        names = {id(parameter): name for name, parameter in engine.phases[state.phase].module.named_parameters()}
+        finite = self._norms.isfinite().tolist() if self._trained and self._norms is not None else []
+        # as they were before the clipping, which spreads a NaN over all of them
+        bad = [
+            names.get(id(p), "a parameter of the loss")
+            for p, is_finite in zip(self._trained, finite, strict=True)
+            if not is_finite
+        ]
         if not bad and world_size() > 1:
             return f"the loss or the gradient of another process is not finite in iteration {state.iteration}, {where}"
-        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        return f"the gradient of {names or 'a parameter'} is not finite in iteration {state.iteration}, {where}"
-
-
-def any_non_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Whether any entry isn't finite, as a tensor on the device.
-
-    It looks at the largest magnitudes: unlike sums they can't overflow where all entries are finite.
-    """
-    held = (local(tensor) for tensor in tensors)
-    dense = (tensor._values() if tensor.is_sparse else tensor for tensor in held)
-    entries = [values.detach() for values in dense if values.numel()]
-    if not entries:
-        return torch.zeros((), dtype=torch.bool, device=tensors[0].device)
-    peaks = torch._foreach_norm(entries, float("inf"))
-    return ~torch.stack([peak.to(peaks[0].device) for peak in peaks]).isfinite().all()
+        listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        return f"the gradient of {listed} is not finite in iteration {state.iteration}, {where}"

@@ -1,5 +1,7 @@
 """Nothing that isn't finite reaches the weights."""
 
+import weakref
+
 import pytest
 import torch
 from ignite.engine import Events
@@ -210,3 +212,97 @@ def test_under_fp16_a_gradient_that_a_handler_spoils_after_unscaling_is_seen():
     with pytest.raises(FloatingPointError, match="the gradient of weight is not finite in iteration 2"):
         trainer.run(batches(3))
     assert all(p.isfinite().all() for p in trainer.lead.parameters())
+
+
+# -- beside a clipping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def norms_taken(monkeypatch):
+    """The orders of the norms that are taken of all gradients."""
+    orders, take = [], torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda tensors, order: orders.append(order) or take(tensors, order))
+    return orders
+
+
+def clipped(guarded, prepare=lambda trainer: None, model=None, **options):
+    """The weights and the norms of a clipped run."""
+    trainer, norms = trainer_of(model), []
+    GradientClipping(0.5, **options).attach(trainer)
+    if guarded:
+        NonFiniteGuard().attach(trainer)
+    prepare(trainer)
+    trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda: norms.append(trainer.state.grad_norm))
+    trainer.run(batches(4))
+    return weights(model_of(trainer)) + norms
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, 3.0, INF])
+def test_the_norms_are_taken_once_for_both(norms_taken, order):
+    expected = clipped(guarded=False, norm_type=order)
+    norms_taken.clear()
+    assert same(clipped(guarded=True, norm_type=order), expected)
+    assert norms_taken == [order] * 4
+
+
+def test_a_gradient_that_changes_between_them_is_measured_again(norms_taken):
+    def halve(trainer):
+        between = lambda: [p.grad.mul_(0.5) for p in trainer.lead.parameters()]  # noqa: E731
+        trainer.add_event_handler_at(15, StepEvents.GRADIENTS_READY, between)
+
+    assert same(clipped(guarded=True, prepare=halve), clipped(guarded=False, prepare=halve))
+    assert norms_taken == [2.0] * (4 + 4 + 4)
+
+
+def test_each_of_two_clippings_measures_what_it_clips():
+    second = lambda trainer: GradientClipping(0.25).attach(trainer, "second")  # noqa: E731
+    assert same(clipped(guarded=True, prepare=second), clipped(guarded=False, prepare=second))
+
+
+def test_gradients_of_several_types_are_summed_as_torch_sums_them():
+    def mixed():
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 4).double(), torch.nn.Linear(4, 2))
+        model[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+        model[2].register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+        return model
+
+    assert same(clipped(guarded=True, model=mixed()), clipped(guarded=False, model=mixed()))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_the_gradient_at_fault_is_named_though_clipping_spreads_it_over_all(value):
+    trainer = trainer_of(clip_grad_norm=0.5)
+    NonFiniteGuard().attach(trainer)
+    bias = model_of(trainer).bias
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: bias.grad.view(-1)[:1].fill_(value))
+    with pytest.raises(FloatingPointError, match="the gradient of bias is not finite in iteration 2"):
+        trainer.run(batches(3))
+
+
+def test_a_norm_that_overflows_is_not_finite_either():
+    """Clipping by it would make the gradient 0."""
+    trainer = trainer_of(clip_grad_norm=0.5)
+    NonFiniteGuard("skip").attach(trainer)
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: model_of(trainer).weight.grad.fill_(3e38))
+    assert trainer.run(batches(3)).skipped_steps == 1
+
+
+def test_after_the_clipping_is_detached_nothing_overflows():
+    trainer = trainer_of()
+    clipping = GradientClipping(0.5).attach(trainer)
+    NonFiniteGuard("skip").attach(trainer)
+    clipping.detach()
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda: model_of(trainer).weight.grad.fill_(3e38))
+    assert trainer.run(batches(1)).skipped_steps == 0
+
+
+def test_no_gradient_outlives_its_step():
+    trainer, gradients = trainer_of(clip_grad_norm=0.5), []
+    NonFiniteGuard().attach(trainer)
+    trainer.add_event_handler(
+        StepEvents.OPTIMIZER_STEP_STARTED, lambda: gradients.extend(weakref.ref(p.grad) for p in trainer.lead.parameters())
+    )
+    trainer.run(batches(3))
+    trainer.lead.zero_grad()
+    assert [gradient() for gradient in gradients] == [None] * 6
