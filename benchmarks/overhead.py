@@ -116,7 +116,9 @@ def comparisons() -> Iterator[Comparison]:
         yield Comparison("game", f"bare loop, {game}", (f"camshaft, {game}",), size="game")
     for rival in ("camshaft", "blog template", "Ignite"):
         yield Comparison("large", "bare loop", (rival,), size="large", batches=16)
-    yield Comparison("large, everything", "bare loop, everything", ("camshaft, everything",), size="large", batches=16)
+    yield Comparison(
+        "large, everything", "bare loop, everything", ("camshaft, everything",), size="large", batches=100, rounds=11
+    )
 
 
 def comparisons_on(device: str) -> Iterator[Comparison]:

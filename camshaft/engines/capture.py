@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import EventsList
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
 from camshaft.batches import form, map_tensors
+from camshaft.engines.checks import stateful
 from camshaft.engines.recordings import RECORDERS, Kind, Recording, Recordings
 from camshaft.events import StepEvents
 
@@ -90,7 +92,7 @@ class Capture:
             self._trained = trained
         given: list[torch.Tensor] = []
         inputs = prepared, state.x, state.y, weight
-        key = first, phase.window.length, phase.autocast, form(inputs, given)
+        key = first, phase.window.length, phase.autocast, phase.scaler, form(inputs, given)
         if not (self.recordings.is_due(PASSES, key) and (first or self.is_home)):
             phase.forward(engine, prepared)
             phase.backward(state, weight)
@@ -239,10 +241,12 @@ class Capture:
 
 
 def surroundings(phase: Phase) -> dict[Hashable, Any]:
-    """Where the tensors of a phase's network and optimizers are, and which of its modules don't train."""
-    module = phase.module
+    """Where the tensors of a phase's network, loss and optimizers are, and which of its modules don't train."""
     found: dict[Hashable, Any] = {"modes": [id(part) for part in phase.kept_in_eval]}
-    found |= {name: tensor.data_ptr() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    parts = [phase.module, stateful(phase.objective)]
+    for place, part in enumerate(part for part in parts if isinstance(part, nn.Module)):
+        held = (*part.named_parameters(), *part.named_buffers())
+        found |= {(place, name): tensor.data_ptr() for name, tensor in held}
     for number, optimizer in enumerate(phase.optimizers):
         for parameter, state in optimizer.state.items():
             tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
