@@ -86,14 +86,15 @@ def form(batch: Any, found: list[torch.Tensor]) -> Hashable:
         found: every tensor is added to it, in the order of :func:`map_tensors`.
 
     Returns:
-        The structure, with each tensor's shape, type and device, and everything else as it is.
+        The structure, with each tensor's shape, strides, type and device, and everything else as it is.
 
     Raises:
         TypeError: where something that is no tensor can't be compared by hash.
     """
     if isinstance(batch, torch.Tensor):
         found.append(batch)
-        return batch.shape, batch.dtype, batch.device
+        strides = batch.stride() if batch.layout is torch.strided else batch.layout
+        return batch.shape, strides, batch.dtype, batch.device, batch.requires_grad
     if isinstance(batch, (list, tuple)):
         return type(batch), *[form(item, found) for item in batch]
     if isinstance(batch, Mapping):
@@ -103,7 +104,7 @@ def form(batch: Any, found: list[torch.Tensor]) -> Hashable:
         return type(batch), *[form(getattr(batch, name), found) for name in names]
     if not isinstance(batch, Hashable):
         raise TypeError(f"{describe(batch)} in a batch can't be compared with that of the next; make it a tensor")
-    return batch
+    return type(batch), batch
 
 
 def length(batch: Any) -> int | None:

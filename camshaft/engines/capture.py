@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ignite.engine import EventsList
-from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
 from camshaft.batches import form, map_tensors
-from camshaft.engines.checks import stateful
 from camshaft.engines.recordings import RECORDERS, Kind, Recording, Recordings
+from camshaft.engines.surroundings import Surroundings
 from camshaft.events import StepEvents
 
 if TYPE_CHECKING:
@@ -33,6 +32,9 @@ STEP = Kind(
     "the settings of the parameter groups; keep betas and momentum still (cycle_momentum=False), and where the learning rate "
     "changes with each step use Adam, AdamW or SGD(..., fused=True), which read it on the device",
 )
+
+OFTEN = 10
+"""How often graphs are thrown away before a warning says so."""
 
 INSIDE = (StepEvents.FORWARD_COMPLETED.name, StepEvents.BACKWARD_STARTED.name)
 
@@ -63,18 +65,32 @@ class Capture:
         for optimizer in phase.optimizers:
             check_capturable(optimizer)
         self.phase, self._recorder = phase, recorder
+        check_device(phase)
+        self._forgotten = 0
         self.forget()
 
-    def forget(self) -> None:
-        """Throws all recordings away: what they read or write is elsewhere now, or isn't the same."""
+    def forget(self, because: str | None = None) -> None:
+        """Throws all recordings away: what they read or write is elsewhere now, or isn't the same.
+
+        Args:
+            because: what has changed while they were in use; where that happens over and over, a warning says it.
+        """
+        self._forgotten += because is not None
+        if self._forgotten == OFTEN:
+            warnings.warn(
+                f"capture=True: the graphs of phase {self.phase.name!r} have been thrown away {OFTEN} times, lastly because "
+                f"{because}; until they are recorded anew it runs without",
+                stacklevel=2,
+            )
         self.recordings = Recordings(self._recorder(self.phase.device), f"phase {self.phase.name!r}")
         self.home: list[torch.Tensor | None] = []
         """For each parameter of the phase, the gradient that the graphs know; ``None`` for one without."""
         self.is_home = False
         """Whether the open window's gradients are these."""
-        self._rates: list[tuple[dict[str, Any], torch.Tensor, Any]] = []
         self._trained: list[bool] = []
-        self._surroundings: dict[Hashable, Any] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._rates: list[tuple[dict[str, Any], torch.Tensor, Any]] = []
+        self._surroundings: Surroundings | None = None
 
     @property
     def records_steps(self) -> bool:
@@ -87,57 +103,68 @@ class Capture:
         """One batch forward and backward: leaves ``state.loss``, ``state.y_pred`` and gradients, as without a graph."""
         phase, state, first = self.phase, engine.state, self.phase.window.batches == 0
         trained = [p.requires_grad for p in phase.parameters()]
-        if trained != self._trained:  # somebody has frozen or unfrozen
-            self.forget()
+        moved = first and self._surroundings is not None and self._surroundings.have_moved()
+        if moved or trained != self._trained:
+            what = (
+                "a parameter is in other memory, or a module in another mode" if moved else "a parameter was frozen or unfrozen"
+            )
+            self.forget(what if self._trained else None)
             self._trained = trained
         given: list[torch.Tensor] = []
         inputs = prepared, state.x, state.y, weight
         key = first, phase.window.length, phase.autocast, phase.scaler, form(inputs, given)
-        if not (self.recordings.is_due(PASSES, key) and (first or self.is_home)):
+        recording = None
+        if self.recordings.is_due(PASSES, key) and (first or self._are_home()):
+            recording = self.recordings.get(PASSES, key) or self._record_passes(engine, inputs, given, key)
+        if recording is None:
             phase.forward(engine, prepared)
             phase.backward(state, weight)
             if first:
                 self._bring_home()
-                if self.home and not self.is_home:  # it trains other parameters than the graphs do
-                    self.recordings.leave_alone(PASSES, key)
             return
-        recording = self.recordings.get(PASSES, key) or self._record_passes(engine, inputs, given, key)
-        torch._foreach_copy_(recording.inputs, given)
+        if given:
+            with torch.no_grad():
+                torch._foreach_copy_(recording.inputs, given)
         recording.replay()
         state.loss, state.y_pred, losses = map_tensors(torch.clone, recording.results)
         state.losses.update(losses)
         if first:
-            for parameter, gradient in zip(phase.parameters(), self.home, strict=True):
-                parameter.grad = gradient
+            self._put_gradients(self.home)
             self.is_home = True
 
-    def _record_passes(self, engine: Trainer, inputs: Any, given: list[torch.Tensor], key: Hashable) -> Recording:
+    def _record_passes(self, engine: Trainer, inputs: Any, given: list[torch.Tensor], key: Hashable) -> Recording | None:
+        """Records the passes; ``None`` where they train other parameters than the graphs that there are."""
         phase, state, first = self.phase, engine.state, self.phase.window.batches == 0
         for tensor in given:
-            if tensor.device.type != phase.device.type:
-                raise ValueError(
-                    f"capture=True needs the whole batch on {phase.device}, but a tensor of shape {tuple(tensor.shape)} is on "
-                    f"{tensor.device}: the graph would keep its first values. Let prepare_batch move it"
-                )
-        held = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given]
-        following = iter(held)
+            check_input(tensor, phase.device)
+        fixed = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given]
+        following = iter(fixed)
         prepared, x, y, weight = map_tensors(lambda _: next(following), inputs)
+
+        leaves: list[torch.Tensor] = []
 
         def work() -> Any:
             phase.forward(engine, prepared)
+            leaves[:] = leaves_of(state.loss)
             phase.backward(state, weight)
             if first and self.home:
                 self._bring_home()
             return state.loss, state.y_pred, dict(state.losses)
 
         kept = state.x, state.y, state.losses
+        before = [p.grad for p in phase.parameters()]
         state.x, state.y, state.losses = x, y, {}
         try:
-            recording = self._record(PASSES, key, work, held)
+            recording = self._record(PASSES, key, work, fixed)
         finally:
             state.x, state.y, state.losses = kept
+        check_leaves(leaves, fixed, phase)
         if first and not self.home:
             self.home = [p.grad for p in phase.parameters()]
+        if any(p.grad is not home for p, home in zip(phase.parameters(), self.home, strict=True)):
+            self.recordings.leave_alone(PASSES, key)
+            self._put_gradients(before)
+            return None
         return recording
 
     # -- the gradients ------------------------------------------------------------------------------------------------
@@ -147,18 +174,20 @@ class Capture:
         parameters = self.phase.parameters()
         made = [p.grad for p in parameters]
         self.is_home = [gradient is None for gradient in made] == [gradient is None for gradient in self.home]
-        if not self.is_home:
-            return
-        away = [(p, home, g) for p, home, g in zip(parameters, self.home, made, strict=True) if g is not home]
-        torch._foreach_copy_([home for _, home, _ in away], [gradient for _, _, gradient in away])  # type: ignore[misc]
-        for parameter, home, _ in away:
-            parameter.grad = home
+        away = [(home, g) for home, g in zip(self.home, made, strict=True) if g is not home] if self.is_home else []
+        if away:
+            torch._foreach_copy_([home for home, _ in away], [gradient for _, gradient in away])  # type: ignore[misc]
+            self._put_gradients(self.home)
 
     def _are_home(self) -> bool:
-        """Whether the graphs know the gradients; one that a handler has put in another's place is moved there."""
-        if any(p.grad is not home for p, home in zip(self.phase.parameters(), self.home, strict=True)):
+        """Whether the graphs know the window's gradients; one that a handler has put in another's place is moved there."""
+        if self.is_home and any(p.grad is not home for p, home in zip(self.phase.parameters(), self.home, strict=True)):
             self._bring_home()
         return self.is_home
+
+    def _put_gradients(self, gradients: list[torch.Tensor | None]) -> None:
+        for parameter, gradient in zip(self.phase.parameters(), gradients, strict=True):
+            parameter.grad = gradient
 
     # -- what is done with them ---------------------------------------------------------------------------------------
 
@@ -189,10 +218,11 @@ class Capture:
                     optimizer.step()
 
         self._follow_rates()
-        self._work(STEP, tuple(settings_of(optimizer) for optimizer in optimizers), work)
+        made = tuple([p.grad is None for p in self.phase.parameters()])  # the first steps of a parameter make its state
+        self._work(STEP, (made, *[settings_of(optimizer) for optimizer in optimizers]), work)
 
     def _work(self, kind: Kind, settings: Hashable, work: Callable[[], Any]) -> Any:
-        if not (self.recordings.is_due(kind, settings) and self.is_home and self._are_home()):
+        if not (self.recordings.is_due(kind, settings) and self._are_home()):
             return work()
         recording = self.recordings.get(kind, settings) or self._record(kind, settings, work, [])
         recording.replay()
@@ -200,12 +230,15 @@ class Capture:
 
     def _follow_rates(self) -> None:
         """Brings the device's learning rates to those of the parameter groups, where they have changed."""
-        groups = [group for o in self.phase.optimizers if takes_tensor_rate(o) for group in o.param_groups]
-        if [id(group) for group in groups] != [id(group) for group, _, _ in self._rates]:
-            if self._rates:  # an optimizer has another group, or has loaded a state
-                self.forget()
-            device = self.phase.device
-            self._rates = [(group, torch.empty((), dtype=torch.float32, device=device), None) for group in groups]
+        if self._surroundings is not None and self._surroundings.states_have_gone():
+            self.forget("an optimizer has lost its state")
+        groups = [group for optimizer in self.phase.optimizers for group in optimizer.param_groups]
+        if len(groups) != len(self._groups) or any(a is not b for a, b in zip(groups, self._groups, strict=True)):
+            if self._groups:
+                self.forget("an optimizer has another group, or has loaded a state")
+            self._groups, device = groups, self.phase.device
+            steered = [group for o in self.phase.optimizers if takes_tensor_rate(o) for group in o.param_groups]
+            self._rates = [(group, torch.empty((), dtype=torch.float32, device=device), None) for group in steered]
         for number, (group, rate, known) in enumerate(self._rates):
             wanted = group["lr"]
             if isinstance(wanted, torch.Tensor):
@@ -229,40 +262,84 @@ class Capture:
     # -- recordings ---------------------------------------------------------------------------------------------------
 
     def _record(self, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]) -> Recording:
-        recording = self.recordings.record(kind, key, work, inputs)
-        self._surroundings = surroundings(self.phase)
+        before = Surroundings(self.phase)
+        held = [*before.tensors, *[rate for _, rate, _ in self._rates], *[g for g in self.home if g is not None]]
+        recording = self.recordings.record(kind, key, work, inputs, held)
+        changed = Surroundings(self.phase).differing(before)
+        if changed:
+            self.forget()
+            raise RuntimeError(
+                f"capture=True: {kind.name} of phase {self.phase.name!r} puts something new into {', '.join(changed[:5])}, "
+                "which a graph can't repeat. Change a tensor in place (copy_, lerp_, add_), make a tensor of a number, and "
+                "return from compute_loss by name what is only looked at"
+            )
+        self._surroundings = before
         return recording
 
     def check_surroundings(self) -> None:
-        """Throws the recordings away where a tensor that they know is elsewhere now, or a module in another mode."""
-        now = surroundings(self.phase) if self._surroundings else {}
-        if any(now.get(name) != known for name, known in self._surroundings.items()):
-            self.forget()
-
-
-def surroundings(phase: Phase) -> dict[Hashable, Any]:
-    """Where the tensors of a phase's network, loss and optimizers are, and which of its modules don't train."""
-    found: dict[Hashable, Any] = {"modes": [id(part) for part in phase.kept_in_eval]}
-    parts = [phase.module, stateful(phase.objective)]
-    for place, part in enumerate(part for part in parts if isinstance(part, nn.Module)):
-        held = (*part.named_parameters(), *part.named_buffers())
-        found |= {(place, name): tensor.data_ptr() for name, tensor in held}
-    for number, optimizer in enumerate(phase.optimizers):
-        for parameter, state in optimizer.state.items():
-            tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-            found |= {(number, id(parameter), name): value.data_ptr() for name, value in tensors.items()}
-    return found
+        """Throws the recordings away where anything that they take for granted is another now."""
+        changed = Surroundings(self.phase).differing(self._surroundings) if self._surroundings is not None else []
+        if changed:
+            self.forget(f"{', '.join(changed[:3])} changed between epochs")
 
 
 def check_outside(event: Any) -> None:
     """Raises where an event would fire inside a graph."""
-    for single in event if isinstance(event, EventsList) else (event,):
-        name = getattr(single, "name", single)
-        if name in INSIDE:
-            raise ValueError(
-                f"{name} is inside the CUDA graph of capture=True, where no handler can run: listen to FORWARD_STARTED or "
-                "BACKWARD_COMPLETED, or compute it in the model, loss_fn or compute_loss"
-            )
+    name = getattr(event, "name", event)
+    if name in INSIDE:
+        raise ValueError(
+            f"{name} is inside the CUDA graph of capture=True, where no handler can run: listen to FORWARD_STARTED or "
+            "BACKWARD_COMPLETED, or compute it in the model, loss_fn or compute_loss"
+        )
+
+
+def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose gradient a loss makes."""
+    found, seen, nodes = [], set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+    return found
+
+
+def check_leaves(leaves: list[torch.Tensor], inputs: list[torch.Tensor], phase: Phase) -> None:
+    """Raises where gradients are made that no optimizer of the phase lets go of: a graph would write to them for ever."""
+    held = {id(tensor) for tensor in (*phase.parameters(), *inputs)}
+    names = {id(p): name for name, p in phase.module.named_parameters()}
+    others = [names.get(id(t), f"a tensor of shape {tuple(t.shape)}") for t in leaves if id(t) not in held]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ValueError(
+            f"capture=True: the loss also makes the gradients of {', '.join(others[:3])}{more}, which no optimizer of phase "
+            f"{phase.name!r} trains. Freeze them with requires_grad_(False), or give them to the optimizer"
+        )
+
+
+def check_device(phase: Phase) -> None:
+    """Raises where a model lies on more devices than its graphs would."""
+    named = dict(phase.module.named_parameters())
+    elsewhere = [name for name, p in named.items() if p.device != next(iter(named.values())).device]
+    if elsewhere:
+        raise ValueError(f"capture=True is for a model on one device, but {elsewhere[0]} is on {named[elsewhere[0]].device}")
+
+
+def check_input(tensor: torch.Tensor, device: torch.device) -> None:
+    """Raises where a tensor of a batch can't be copied into a graph."""
+    shape = tuple(tensor.shape)
+    if tensor.device.type != device.type:
+        raise ValueError(
+            f"capture=True needs the whole batch on {device}, but a tensor of shape {shape} is on {tensor.device}: the graph "
+            "would keep its first values. Let prepare_batch move it"
+        )
+    if tensor.grad_fn is not None:
+        raise ValueError(
+            f"capture=True: prepare_batch gives a tensor of shape {shape} with a gradient to be made of it, outside the graph. "
+            "Do that in the model or in compute_loss"
+        )
 
 
 def check_capturable(optimizer: Optimizer) -> None:
@@ -283,11 +360,18 @@ def is_recordable(optimizer: Optimizer) -> bool:
 
 def takes_tensor_rate(optimizer: Optimizer) -> bool:
     """Whether a learning rate can be a tensor that the step reads on the device; any other is recorded as it was."""
-    return type(optimizer) in (Adam, AdamW) or (type(optimizer) is SGD and bool(optimizer.defaults.get("fused")))
+    return type(optimizer) in (Adam, AdamW) or (type(optimizer) is SGD and all(g.get("fused") for g in optimizer.param_groups))
 
 
 def settings_of(optimizer: Optimizer) -> Hashable:
     """Whatever a recorded step knows of an optimizer's parameter groups."""
-    apart = ("params", "lr") if takes_tensor_rate(optimizer) else ("params",)
+    apart = ("params", "param_names", "lr") if takes_tensor_rate(optimizer) else ("params", "param_names")
     groups = optimizer.param_groups
-    return tuple((len(g["params"]), *((name, value) for name, value in g.items() if name not in apart)) for g in groups)
+    return tuple((len(g["params"]), *[(name, known(value)) for name, value in g.items() if name not in apart]) for g in groups)
+
+
+def known(setting: Any) -> Hashable:
+    """What a graph keeps of a setting: of a tensor on its device the place, of anything else the value."""
+    if isinstance(setting, torch.Tensor) and setting.device.type == "cpu":
+        return tuple(setting.reshape(-1).tolist())
+    return setting if isinstance(setting, Hashable) else repr(setting)

@@ -173,10 +173,12 @@ class Phase:
                 fire(FORWARD_COMPLETED)
             if heard.backward_started:
                 fire(BACKWARD_STARTED)
-            self.backward(state, None if window.plain else window.gather(batch))
+            weight = None if window.plain else window.weigh(batch)
+            self.backward(state, weight)
         else:
-            self.capture.passes(engine, prepared, None if window.plain else window.gather(batch))
-        window.batches += 1
+            weight = None if window.plain else window.weigh(batch)
+            self.capture.passes(engine, prepared, weight)
+        window.count(weight)
         if heard.backward_completed:
             fire(BACKWARD_COMPLETED)
 
@@ -476,7 +478,7 @@ class Phase:
 
 def with_kernels_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's parameter group with the present choice of kernels: they are no part of what has been learned."""
-    return {**saved, **{name: group[name] for name in ("foreach", "fused") if name in group}}
+    return {**saved, **{name: group[name] for name in ("foreach", "fused", "capturable") if name in group}}
 
 
 def has_own_zero_grad(optimizer: Optimizer) -> bool:

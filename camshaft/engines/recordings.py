@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -32,13 +33,13 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What replays the work, and what it has returned, in tensors that each replay writes to; it doesn't run by this."""
         graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        present = torch.cuda.current_stream(self.device)  # where recording fails, torch leaves its own stream the current one
+        recording = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        present = torch.cuda.current_stream(self.device)  # where recording fails, torch leaves the other stream the current one
         with torch.cuda.device(self.device), torch.cuda.stream(present), recording:
             results = work()
         return graph.replay, results
@@ -64,6 +65,8 @@ class Recording(NamedTuple):
     """What the work reads, to be filled before a replay."""
     results: Any
     """What the work has returned, written anew by each replay."""
+    held: list[torch.Tensor]
+    """What else it reads or writes, so that its memory outlasts the recording."""
 
 
 class Recordings:
@@ -78,49 +81,67 @@ class Recordings:
         self._record_on_device, self._whose = recorder, whose
         self._met: dict[Kind, dict[Hashable, float]] = {}
         self._made: dict[tuple[Kind, Hashable], Recording] = {}
+        self._varied: set[Kind] = set()
 
     def is_due(self, kind: Kind, form: Hashable) -> bool:
         """Counts that work of a form has been met, and says whether it has run often enough as ever."""
         met = self._met.setdefault(kind, {})
-        if form not in met:
-            if len(met) > MOST_FORMS:
-                return False
+        if form not in met and len(met) == MOST_FORMS:
+            self._warn_of_forms(kind)
+            for other in [other for other in met if (kind, other) not in self._made]:
+                del met[other]  # it has come too seldom to be recorded
             if len(met) == MOST_FORMS:
-                warnings.warn(
-                    f"capture=True: {kind.name} of {self._whose} has come in more than {MOST_FORMS} forms; further ones run "
-                    f"without a graph. Forms are told apart by {kind.forms}",
-                    stacklevel=2,
-                )
+                return False
         met[form] = met.get(form, 0) + 1
         return met[form] > WARM_UP
 
+    def _warn_of_forms(self, kind: Kind) -> None:
+        if kind not in self._varied:
+            self._varied.add(kind)
+            warnings.warn(
+                f"capture=True: {kind.name} of {self._whose} has come in more than {MOST_FORMS} forms; those that come too "
+                f"seldom run without a graph. Forms are told apart by {kind.forms}",
+                stacklevel=2,
+            )
+
     def leave_alone(self, kind: Kind, form: Hashable) -> None:
-        """Has work of a form run as ever for good."""
+        """Throws a recording away, and has work of its form run as ever."""
+        del self._made[kind, form]
         self._met[kind][form] = NEVER
 
     def get(self, kind: Kind, form: Hashable) -> Recording | None:
         """The recording of a form, if there is one."""
         return self._made.get((kind, form))
 
-    def record(self, kind: Kind, form: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]) -> Recording:
+    def record(
+        self,
+        kind: Kind,
+        form: Hashable,
+        work: Callable[[], Any],
+        inputs: list[torch.Tensor],
+        held: list[torch.Tensor],
+    ) -> Recording:
         """Records some work, which doesn't run by this.
 
         Args:
             kind: the kind of work.
             form: its form.
             work: does it.
-            inputs: what it reads.
+            inputs: what it reads that is filled before each replay.
+            held: what else it reads or writes.
 
         Raises:
             RuntimeError: where it can't be recorded; says what is in the way.
         """
-        before = host_generators()
+        before, outside = host_generators(), sys.exc_info()[1]
         try:
             replay, results = self._record_on_device(work)
         except Exception as error:
             first: BaseException = error
-            while first.__context__ is not None:  # what has spoilt the recording, before its end failed
+            while first.__context__ not in (None, outside):  # what has spoilt the recording, before its end failed
                 first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise RuntimeError(
                 f"capture=True: {kind.name} of {self._whose} can't be recorded as a CUDA graph: {first}\nNothing in it may "
                 "wait for the device or read its values (.item(), print, a boolean mask, torch.tensor(...) of numbers); the "
@@ -131,7 +152,7 @@ class Recordings:
                 f"capture=True: {kind.name} of {self._whose} draws random numbers on the host, which a graph would "
                 "repeat for ever; draw them on the device, or in the data loader"
             )
-        self._made[kind, form] = Recording(replay, inputs, results)
+        self._made[kind, form] = Recording(replay, inputs, results, held)
         return self._made[kind, form]
 
 

@@ -52,7 +52,9 @@ class Together:
         self.wish_to_end_epoch = self.wish_to_skip_completed = self.wish_to_interrupt = False
         for phase in trainer.phases.values():
             if phase.capture is not None:
-                raise RuntimeError("capture=True is for one process: what the processes send each other can't be recorded")
+                raise RuntimeError(
+                    "capture=True is for one process: what the processes send each other can't be recorded; leave it out"
+                )
             check_wrapped(phase)
             phase.replicas = phase.replicas or Replicas(phase)
             phase.replicas.checked = False

@@ -75,13 +75,11 @@ class Window:
         self.is_doomed = left < self.steps and not short
         self.length, self.weight = int(left) if short else self.steps, 0.0
 
-    def gather(self, batch: Any) -> Any:
-        """Counts a batch's weight, and returns it; ``None`` where each batch counts the same."""
-        if self.loss_weight == "batch":
-            return None
-        weight = self.weigh(batch)
-        self.weight += weight
-        return weight
+    def count(self, weight: Any) -> None:
+        """Notes that a batch of a weight has been gathered."""
+        self.batches += 1
+        if weight is not None:
+            self.weight += weight
 
     def share(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
         """What of a batch's loss goes backward: its part of the window's mean, or its weight times the loss."""
@@ -91,12 +89,14 @@ class Window:
         return share
 
     def weigh(self, batch: Any) -> Any:
-        """The weight of a batch, a number on the host or a scalar tensor.
+        """The weight of a batch, a number on the host or a scalar tensor; ``None`` where each counts the same.
 
         Raises:
             TypeError: where samples are to be counted and the batch has no tensor with a length.
             ValueError: where the user's function gives no finite number of at least 0.
         """
+        if self.loss_weight == "batch":
+            return None
         if callable(self.loss_weight):
             return checked_weight(self.loss_weight(batch), self.loss_weight)
         weight = length(batch)

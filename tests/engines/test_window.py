@@ -26,8 +26,9 @@ def gather(window, losses, data):
     """The shares of some batches, as the step takes them."""
     shares = []
     for loss, batch in zip(losses, data, strict=True):
-        shares.append(float(window.share(torch.tensor(loss, dtype=torch.float64), window.gather(batch))))
-        window.batches += 1
+        weight = window.weigh(batch)
+        shares.append(float(window.share(torch.tensor(loss, dtype=torch.float64), weight)))
+        window.count(weight)
     return shares
 
 
