@@ -13,7 +13,7 @@ from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
 from camshaft.distributed import Failures, pass_together, world_size
-from camshaft.engines.capture import check_outside
+from camshaft.engines.capturable import check_outside
 from camshaft.engines.checkpoint import begins_anew, content_of, is_finished, restore
 from camshaft.engines.data import DataPlace
 from camshaft.engines.epoch_metrics import restore_metrics
