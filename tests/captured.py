@@ -1,0 +1,75 @@
+"""Runs with and without graphs, and what could differ between them."""
+
+import pytest
+import torch
+from tapes import TapeRecorder
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Adagrad, Adam, AdamW
+from toys import same, weights
+
+from camshaft import Events, create_trainer
+from camshaft.engines import recordings
+
+RATE = 2.0**-5
+"""A learning rate that is the same number in every floating type."""
+
+
+@pytest.fixture(autouse=True)
+def _taped(monkeypatch):
+    """Records on the CPU; a module's tests do so where it imports this."""
+    monkeypatch.setitem(recordings.RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setattr(TapeRecorder, "made", 0)
+    monkeypatch.setattr(TapeRecorder, "replays", 0)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def pairs(sizes=(6,) * 7):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda size: torch.randn(size, 4, generator=generator)  # noqa: E731
+    return [(draw(size), torch.randint(3, (size,), generator=generator)) for size in sizes]
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: SGD(p, lr=RATE, momentum=0.5, foreach=True),
+    "SGD fused": lambda p: SGD(p, lr=RATE, momentum=0.5, nesterov=True, fused=True),
+    "Adam fused": lambda p: Adam(p, lr=RATE, fused=True, capturable=True),
+    "AdamW fused": lambda p: AdamW(p, lr=RATE, weight_decay=0.125, fused=True, capturable=True),
+    "Adagrad": lambda p: Adagrad(p, lr=RATE),  # counts its steps on the host
+}
+
+
+def run(
+    capture, *, optimizer="AdamW fused", data=None, epochs=6, prepare=lambda trainer: None, loss_fn=cross_entropy, **options
+):
+    """Trains, and gives everything that could differ: the weights, the optimizer's state, each loss and norm."""
+    model = network()
+    made = OPTIMIZERS[optimizer](model.parameters())
+    if "scheduler" in options:
+        options["scheduler"] = options["scheduler"](made)
+    trainer = create_trainer(model, made, loss_fn, capture=capture, **options)
+    seen = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note(engine):
+        state = engine.state
+        seen.extend(x for x in (state.loss, state.grad_norm, state.y_pred, *state.losses.values()) if x is not None)
+
+    prepare(trainer)
+    torch.manual_seed(3)
+    trainer.run(data or pairs(), max_epochs=epochs)
+    moments = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return weights(model) + moments + seen
+
+
+def assert_same(graphs, **options):
+    """Compares a captured run with one that isn't, and the number of graphs with what is expected."""
+    expected = run(False, **options)
+    assert TapeRecorder.made == 0
+    found = run(True, **options)
+    assert same(expected, found)
+    assert graphs == TapeRecorder.made
