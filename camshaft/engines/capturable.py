@@ -41,7 +41,7 @@ def check_outside(event: Any) -> None:
 
 def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
     """The tensors whose gradient a loss makes."""
-    found, seen, nodes = [], set(), [loss.grad_fn]
+    found, seen, nodes = [], set(), [getattr(loss, "grad_fn", None)]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
@@ -52,9 +52,9 @@ def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def check_leaves(leaves: list[torch.Tensor], inputs: list[torch.Tensor], phase: Phase) -> None:
+def check_leaves(leaves: list[torch.Tensor], phase: Phase) -> None:
     """Raises where gradients are made that no optimizer of the phase lets go of: a graph would write to them for ever."""
-    held = {id(tensor) for tensor in (*phase.parameters(), *inputs)}
+    held = {id(parameter) for parameter in phase.parameters()}
     names = {id(p): name for name, p in phase.module.named_parameters()}
     others = [names.get(id(t), f"a tensor of shape {tuple(t.shape)}") for t in leaves if id(t) not in held]
     if others:

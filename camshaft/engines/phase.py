@@ -134,8 +134,7 @@ class Phase:
         self._refusals: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
         self._optimizers_zero = any(has_own_zero_grad(item) for item in self.optimizers)
-        self.kept_in_eval: list[nn.Module] = []
-        """The submodules that the user keeps in eval mode while the module trains."""
+        self._kept_in_eval: list[nn.Module] = []
         self._passed_through: list[nn.Parameter] | None = None
         self.remember_modes()
 
@@ -372,14 +371,14 @@ class Phase:
         """Notes which submodules the user keeps in eval mode (a frozen BatchNorm) while the module trains."""
         self._passed_through = None  # the frozen modules may have other parameters by now
         if self.module.training:
-            self.kept_in_eval = [part for part in self.module.modules() if not part.training]
+            self._kept_in_eval = [part for part in self.module.modules() if not part.training]
         if self.capture is not None:
             self.capture.check_surroundings()
 
     def restore_modes(self) -> None:
         """Puts the module in training mode, but for the submodules that the user keeps in eval mode."""
         self.module.train()
-        for part in self.kept_in_eval:
+        for part in self._kept_in_eval:
             part.training = False
 
     @contextmanager

@@ -104,6 +104,10 @@ class Recordings:
                 stacklevel=2,
             )
 
+    def is_next(self, kind: Kind, form: Hashable) -> bool:
+        """Whether work of a form has run for the last time before it is due."""
+        return self._met[kind].get(form) == WARM_UP
+
     def leave_alone(self, kind: Kind, form: Hashable) -> None:
         """Throws a recording away, and has work of its form run as ever."""
         del self._made[kind, form]

@@ -18,7 +18,7 @@ class Surroundings:
     """Where the tensors of a phase's network, loss and optimizers are, and what its modules are set to.
 
     A recording repeats what was done with the values and the memory of its time. So the modules' numbers, flags and hooks
-    count as well as the places of their tensors; the modes count as the phase remembers them.
+    count as well as the places of their tensors; the modes are asked for at each window.
 
     Args:
         phase: the phase.
@@ -27,7 +27,7 @@ class Surroundings:
     def __init__(self, phase: Phase) -> None:
         self.tensors: list[torch.Tensor] = []
         """The tensors among it."""
-        self._facts: dict[str, Any] = {"the modules in eval mode": [id(part) for part in phase.kept_in_eval]}
+        self._facts: dict[str, Any] = {}
         self._modules = list(phase.module.modules())
         self._modes = [part.training for part in self._modules]
         self._parameters = list(phase.module.parameters())

@@ -1,6 +1,7 @@
 """More scenes: weights' files, evaluation, averages, curves and errors of one process alone."""
 
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -260,6 +261,14 @@ def frozen_under_ddp() -> Any:
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: moved.append(not same(model.module[0], bare()[0])))
     trainer.run(batches_of(), max_epochs=2)
     return {"error": error, "moved": moved}
+
+
+@scene
+def graphs_of_several() -> Any:
+    """What ``capture=True`` sets up, on a device that has no graphs."""
+    trainer = trainer_of(wrapped(bare()))
+    trainer.lead.capture = SimpleNamespace(check_surroundings=lambda: None)  # type: ignore[assignment]
+    return error_of(lambda: trainer.run(batches_of()))
 
 
 def players(wrap_generator: Any, wrap_critic: Any, **options: Any) -> Any:

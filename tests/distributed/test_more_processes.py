@@ -26,6 +26,7 @@ STORIES = {
         "curves_of_other_names",
         "frozen_under_ddp",
         "penalised_critics",
+        "graphs_of_several",
         "a_time_out_that_nobody_explains",
     ),
     "lost": ("an_error_that_only_sounds_like_a_loss",),
@@ -155,6 +156,11 @@ def test_parameters_freeze_under_ddp_only_where_it_looks_for_unused_ones(told):
         )
         assert "find_unused_parameters=True" in seen["error"]
         assert seen["moved"] == [False, True]
+
+
+def test_several_processes_have_no_graphs(told):
+    for answer in found(told("more"), "graphs_of_several"):
+        assert answer.startswith("RuntimeError: capture=True is for one process: what the processes send each other can't be")
 
 
 def test_a_split_critic_is_refused_a_penalty_and_a_split_generator_is_not(told):

@@ -239,49 +239,7 @@ def test_batches_that_train_other_parameters():
     assert_same(3, **options)  # one that is thrown away
 
 
-# -- what changes on the way ----------------------------------------------------------------------------------------------
-
-
-def moves_weights(trainer):
-    for parameter in trainer.lead.parameters():
-        parameter.data = parameter.data.clone()
-
-
-def loads_the_optimizer(trainer):
-    optimizer = trainer.lead.optimizers[0]
-    state = optimizer.state_dict()
-    optimizer.load_state_dict({**state, "state": {n: {k: v.clone() for k, v in s.items()} for n, s in state["state"].items()}})
-
-
-def keeps_its_statistics(trainer):
-    trainer.lead.module[1].eval()
-
-
-@pytest.mark.parametrize("change", [moves_weights, loads_the_optimizer, keeps_its_statistics])
-def test_graphs_of_what_has_changed_are_made_anew(change):
-    def prepare(trainer):
-        trainer.add_event_handler(Events.EPOCH_STARTED(once=3), change)
-
-    assert_same(4, prepare=prepare)
-
-
-def test_an_optimizer_that_loads_its_state_within_an_epoch():
-    prepare = lambda trainer: trainer.add_event_handler(Events.ITERATION_COMPLETED(once=17), loads_the_optimizer)  # noqa: E731
-    assert_same(4, prepare=prepare)
-
-
-def test_a_network_that_is_evaluated_between_epochs_keeps_its_graphs():
-    prepare = lambda trainer: trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: trainer.lead.module.eval())  # noqa: E731
-    assert_same(2, prepare=prepare)
-
-
-def test_another_run_goes_on_with_the_graphs():
-    trainer = trainer_of(capture=True)
-    trainer.run(batches(5), max_epochs=2)
-    made = TapeRecorder.made
-    trainer.run(batches(5), max_epochs=2)
-    assert (made, TapeRecorder.made) == (2, 2)
-    assert TapeRecorder.replays == 2 * (20 - 3)
+# -- what is kept ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_kept_of_an_iteration_stays_as_it_was():
@@ -404,3 +362,57 @@ def test_a_clipping_of_ones_own_is_called_at_each_step():
 def test_what_would_make_a_run_faster_names_it():
     assert "create_trainer(..., capture=True)\n      each operation of a step" in trainer_of().explain(speed=True)
     assert "create_trainer(..., capture=True)" in trainer_of(capture=True).explain(speed=True).split("taken already:")[1]
+
+
+def test_a_model_on_two_devices():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"capture=True is for a model on one device, but 1\.weight is on meta"):
+        trainer_of(model, capture=True)
+
+
+def test_one_group_of_the_optimizer_was_not_made_for_it():
+    model = linear()
+    groups = [{"params": [model.weight], "capturable": True}, {"params": [model.bias]}]
+    with pytest.raises(ValueError, match=r"make it with AdamW\(\.\.\., capturable=True\)"):
+        trainer_of(model, AdamW(groups, fused=True), capture=True)
+
+
+def waits(y_pred, y):
+    return mse_loss(y_pred, y) * y_pred.max().item()
+
+
+def test_an_error_names_what_spoilt_the_recording_and_not_what_came_before():
+    try:
+        raise KeyError("some other trouble")
+    except KeyError:
+        with pytest.raises(RuntimeError, match="can't be recorded as a CUDA graph: operation not permitted"):
+            failing(waits)
+
+
+class SpoiltTwice(TapeRecorder):
+    """Where a recording fails, its end fails too."""
+
+    def __call__(self, work):
+        try:
+            return super().__call__(work)
+        except RuntimeError:
+            raise RuntimeError("the end of a recording that was spoilt")  # noqa: B904
+
+
+class Full(TapeRecorder):
+    """A device whose memory gives out."""
+
+    def __call__(self, work):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_the_end_of_a_recording_hides_nothing(monkeypatch):
+    monkeypatch.setitem(recordings.RECORDERS, "cpu", SpoiltTwice)
+    with pytest.raises(RuntimeError, match="can't be recorded as a CUDA graph: operation not permitted"):
+        failing(waits)
+
+
+def test_memory_that_gives_out_is_said_as_it_is(monkeypatch):
+    monkeypatch.setitem(recordings.RECORDERS, "cpu", Full)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
+        failing(mse_loss)
