@@ -23,8 +23,9 @@ LOG_EVERY = 10
 """The optimizer steps between two points of a curve."""
 SIZES = {"tiny": (16, 32, 4, 32), "large": (256, 512, 10, 128), "wide": (1024, 4096, 1000, 512)}
 SIZES |= {f"{size}, fused": numbers for size, numbers in SIZES.items()}
+SIZES["images"] = (64, 64, 100, 128)
 """Inputs, hidden units, classes and samples per batch of each model; a step of the large one takes over 2 ms on a CPU, the wide
-one is for a GPU. The optimizer of a fused one is."""
+one is for a GPU. The optimizer of a fused one is. The one for images has three convolutions, and inputs of so many rows."""
 LATENT = 8
 """The size of a generator's latents."""
 
@@ -68,13 +69,19 @@ def make_task(
     """The task of a size, with the same numbers at every call; for a GPU its batches are in pinned memory."""
     inputs, hidden, classes, samples = SIZES[size]
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes)
-    )
+    if size == "images":
+        shape, widths = (3, inputs, inputs), ((3, hidden), (hidden, 2 * hidden), (2 * hidden, 4 * hidden))
+        layers = [nn.Sequential(nn.Conv2d(*width, 3, 2, 1), nn.BatchNorm2d(width[1]), nn.ReLU()) for width in widths]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * hidden, classes))
+    else:
+        shape = (inputs,)
+        model = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        )
     model = model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=size.endswith("fused") or None)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9999)
-    data = [(torch.randn(samples, inputs), torch.randint(classes, (samples,))) for _ in range(batches)]
+    data = [(torch.randn(samples, *shape), torch.randint(classes, (samples,))) for _ in range(batches)]
     if device != "cpu":
         data = [(x.pin_memory(), y.pin_memory()) for x, y in data]
     return Task(model, optimizer, scheduler, Batches(data, clock), folder, device=torch.device(device))
@@ -388,6 +395,40 @@ def camshaft_compiled(task: Task) -> Round:
 
     model = torch.compile(task.model, mode="reduce-overhead")
     trainer = create_trainer(model, task.optimizer, task.loss_fn)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, channels last")
+def camshaft_channels_last(task: Task) -> Round:
+    """Weights and images in the layout that convolutions are made for."""
+    task.model.to(memory_format=torch.channels_last)
+    task.batches[:] = [(x.to(memory_format=torch.channels_last), y) for x, y in task.batches]
+    if task.device.type == "cuda":
+        task.batches[:] = [(x.pin_memory(), y) for x, y in task.batches]
+    trainer = camshaft_trainer(task)
+    return lambda: trainer.run(task.batches, max_epochs=1)
+
+
+@contestant("camshaft, TF32")
+def camshaft_tf32(task: Task) -> Round:
+    """Float32 products on tensor cores, for this contestant's rounds alone."""
+    trainer = camshaft_trainer(task)
+
+    def run() -> None:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        trainer.run(task.batches, max_epochs=1)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+    return run
+
+
+@contestant("camshaft, bf16")
+def camshaft_bf16(task: Task) -> Round:
+    """Mixed precision."""
+    trainer = camshaft_trainer(task, amp="bf16")
     return lambda: trainer.run(task.batches, max_epochs=1)
 
 

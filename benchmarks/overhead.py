@@ -136,9 +136,21 @@ def comparisons_on(device: str) -> Iterator[Comparison]:
             )
             for rival in rivals:
                 yield Comparison(f"gpu, {size}{kernels}", "bare loop", (rival,), size=size + kernels, device=device)
+        for rival in ("camshaft, TF32", "camshaft, bf16"):
+            yield Comparison(f"gpu, {size}", "bare loop", (rival,), size=size, device=device)
         for rival in ("camshaft, everything", "camshaft, everything, captured", "camshaft, TensorBoard + bar"):
             baseline, kind = "bare loop, " + rival.split(", ")[1], f"{size}, fused" if "captured" in rival else size
             yield Comparison(f"gpu, {size}, logged", baseline, (rival,), size=kind, batches=400, rounds=11, device=device)
+    rivals = (
+        "camshaft",
+        "camshaft, channels last",
+        "camshaft, TF32",
+        "camshaft, bf16",
+        "camshaft, compiled",
+        "camshaft, captured",
+    )
+    for rival in rivals:
+        yield Comparison("gpu, images", "bare loop", (rival,), size="images", device=device)
 
 
 # -- one comparison, in a process of its own ------------------------------------------------------------------------------

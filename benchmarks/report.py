@@ -29,6 +29,7 @@ TITLES = {
     "gpu, wide": "A wide model on a GPU",
     "gpu, wide, fused": "A wide model on a GPU, the optimizer fused",
     "gpu, wide, logged": "A wide model on a GPU, logged",
+    "gpu, images": "Convolutions on a GPU",
 }
 BUDGETS = {"nothing": "10 µs", "accumulation": "10 µs", "logging": "30 µs", "game": "15 µs", "large": "1.01 times"}
 """What camshaft may cost."""
