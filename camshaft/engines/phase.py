@@ -11,23 +11,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import detached, to_device
-from camshaft.distributed import local, split_like
+from camshaft.distributed import local
 from camshaft.engines.capture import Capture
 from camshaft.engines.checks import (
     bad_loss,
     check_count,
     check_device,
     check_optimizers,
-    check_same_groups,
-    check_same_keys,
     name_of,
     stateful,
 )
+from camshaft.engines.phase_state import check_state, load_state, sharded_like, state_of
 from camshaft.engines.replicas import Replicas
 from camshaft.engines.window import Window
 from camshaft.events import StepEvents
 from camshaft.mistakes import came
-from camshaft.modules import unwrap
 from camshaft.norms import Norms
 
 if TYPE_CHECKING:
@@ -399,24 +397,7 @@ class Phase:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this phase that a checkpoint holds; an open window brings its gradients."""
-        state: dict[str, Any] = {
-            "module": dict(unwrap(self.module).state_dict()),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "optimizer_step": self.optimizer_step,
-            "skipped_steps": self.skipped_steps,
-            "forward_passes": self.forward_passes,
-        }
-        if self.scaler is not None:
-            state["scaler"] = self.scaler.state_dict()
-        part = stateful(self.objective)
-        if part is not None:
-            state["objective"] = dict(part.state_dict())
-        if self.window_is_open:
-            gathered: dict[str, Any] = {"gradients": [p.grad for p in self.parameters()]}
-            if self.replicas is not None:
-                gathered = self.replicas.gathered()
-            state["window"] = self.window.state_dict() | gathered
-        return state
+        return state_of(self)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises where a state belongs to another model or optimizer; changes nothing.
@@ -424,60 +405,15 @@ class Phase:
         Raises:
             ValueError: names the keys or groups that differ.
         """
-        check_same_keys(state["module"], unwrap(self.module).state_dict(), f"yours (phase {self.name!r})")
-        saved = state["optimizers"]
-        if len(saved) != len(self.optimizers):
-            raise ValueError(f"the checkpoint has {len(saved)} optimizers, phase {self.name!r} has {len(self.optimizers)}")
-        for old, optimizer in zip(saved, self.optimizers, strict=True):
-            check_same_groups(old, optimizer, self.name)
+        check_state(self, state)
 
     def sharded_like(self, name: str) -> torch.Tensor | None:
         """What a tensor of :meth:`state_dict` is sharded as, by its place there, such as ``"module/0.weight"``."""
-        part, *place = name.split("/")
-        if part == "module":
-            found: torch.Tensor | None = unwrap(self.module).state_dict().get("/".join(place))
-            return found
-        if part == "optimizers" and place[1] == "state":
-            held: list[torch.Tensor] = [p for group in self.optimizers[int(place[0])].param_groups for p in group["params"]]
-            return held[int(place[2])]
-        return self.parameters()[int(place[1])] if part == "window" and place[0] == "gradients" else None
+        return sharded_like(self, name)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave and :meth:`check_state_dict` has found fitting."""
-        own = unwrap(self.module).state_dict()
-        unwrap(self.module).load_state_dict({name: split_like(value, own[name]) for name, value in state["module"].items()})
-        for saved, optimizer in zip(state["optimizers"], self.optimizers, strict=True):
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            parts = {n: {name: split_like(v, held[n]) for name, v in part.items()} for n, part in saved["state"].items()}
-            groups = [with_kernels_of(*pair) for pair in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
-            optimizer.load_state_dict({"state": parts, "param_groups": groups})
-        if self.scaler is not None and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
-        part = stateful(self.objective)
-        if part is not None and "objective" in state:
-            part.load_state_dict(state["objective"])
-        self.optimizer_step = state["optimizer_step"]
-        self.skipped_steps = state["skipped_steps"]
-        self.forward_passes = state["forward_passes"]
-        if self.capture is not None:
-            self.capture.forget()
-        self._load_window(state.get("window"))
-
-    def _load_window(self, window: Mapping[str, Any] | None) -> None:
-        self.window.close()
-        if self.replicas is not None:
-            self.replicas.forget()
-        self.zero_grad()
-        if window is None:
-            return
-        self.window.load_state_dict(window)
-        for parameter, gradient in zip(self.parameters(), window["gradients"], strict=True):
-            parameter.grad = None if gradient is None else split_like(gradient.to(parameter.device), parameter)
-
-
-def with_kernels_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's parameter group with the present choice of kernels: they are no part of what has been learned."""
-    return {**saved, **{name: group[name] for name in ("foreach", "fused", "capturable") if name in group}}
+        load_state(self, state)
 
 
 def has_own_zero_grad(optimizer: Optimizer) -> bool:
