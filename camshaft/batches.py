@@ -78,6 +78,11 @@ def tensors(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors(getattr(batch, field.name))
 
 
+def is_strided(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's entries are in one piece of memory: neither sparse nor nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def form(batch: Any, found: list[torch.Tensor]) -> Hashable:
     """What two batches must have in common to be handled by the same work on a device.
 
@@ -93,7 +98,9 @@ def form(batch: Any, found: list[torch.Tensor]) -> Hashable:
     """
     if isinstance(batch, torch.Tensor):
         found.append(batch)
-        strides = batch.stride() if batch.layout is torch.strided else batch.layout
+        if batch.is_nested:
+            return id(batch)
+        strides = batch.stride() if is_strided(batch) else batch.layout
         return batch.shape, strides, batch.dtype, batch.device, batch.requires_grad
     if isinstance(batch, (list, tuple)):
         return type(batch), *[form(item, found) for item in batch]
@@ -103,7 +110,7 @@ def form(batch: Any, found: list[torch.Tensor]) -> Hashable:
         names = [field.name for field in dataclasses.fields(batch) if field.init]
         return type(batch), *[form(getattr(batch, name), found) for name in names]
     if not isinstance(batch, Hashable):
-        raise TypeError(f"{describe(batch)} in a batch can't be compared with that of the next; make it a tensor")
+        raise TypeError(f"capture=True: {describe(batch)} in a batch can't be compared with that of the next; make it a tensor")
     return type(batch), batch
 
 
@@ -156,4 +163,5 @@ def describe(value: Any) -> str:
         return f"a {type(value).__name__} with the keys {list(value)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' or name == 'ndarray' else 'a'} {name}"

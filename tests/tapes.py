@@ -1,8 +1,11 @@
-"""A CUDA graph's behaviour on the CPU: operations are recorded with the memory that they use, and run by a replay."""
+"""A CUDA graph's behaviour on the CPU: operations are recorded with the memory that they use, and run by a replay.
+
+What a graph knows of a device's random state isn't on the tape: it draws from the generator as the operations do.
+"""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero")
 """Operations whose result the host looks at."""
@@ -29,7 +32,7 @@ class Tape(TorchDispatchMode):
         fresh = [out for out, kind in outputs(function, result) if kind is None]
         for tensor in tensors_of(fresh):
             self.made[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        self.operations.append((function, args, kwargs, fresh))
+        self.operations.append((torch.is_grad_enabled(), function, *tree_map(alias, (args, kwargs, fresh))))
         return result
 
     def undo(self):
@@ -39,13 +42,14 @@ class Tape(TorchDispatchMode):
         for place in self.made.values():
             place.fill_(0xFF)  # NaN, in every floating type
 
-    @torch.no_grad()
     def replay(self):
         """Runs it all again, on the same memory."""
-        for function, args, kwargs, fresh in self.operations:
-            again = [out for out, kind in outputs(function, function(*args, **kwargs)) if kind is None]
-            for kept, new in zip(tensors_of(fresh), tensors_of(again), strict=True):
-                kept.copy_(new)
+        with torch._C._AutoDispatchBelowAutograd():
+            for with_grad, function, args, kwargs, fresh in self.operations:
+                with torch.set_grad_enabled(with_grad):  # some operations leave more for a backward pass
+                    again = [out for out, kind in outputs(function, function(*args, **kwargs)) if kind is None]
+                for kept, new in zip(tensors_of(fresh), tensors_of(again), strict=True):
+                    kept.copy_(new)
 
 
 class TapeRecorder:
@@ -71,6 +75,11 @@ class TapeRecorder:
             tape.replay()
 
         return replay, results
+
+
+def alias(value):
+    """The same memory under a name that nobody else has, whatever becomes of the tensor."""
+    return value.detach() if isinstance(value, torch.Tensor) and value.layout is torch.strided else value
 
 
 def tensors_of(values):

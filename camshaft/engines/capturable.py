@@ -9,6 +9,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
+from camshaft.batches import is_strided
 from camshaft.events import StepEvents
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def check_input(tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(
             f"capture=True needs the whole batch on {device}, but a tensor of shape {shape} is on {tensor.device}: the graph "
             "would keep its first values. Let prepare_batch move it"
+        )
+    if not is_strided(tensor):
+        raise ValueError(
+            f"capture=True: a batch has a sparse or nested tensor of shape {shape}, whose memory is another in each batch; pad "
+            "it, or make it dense"
         )
     if tensor.grad_fn is not None:
         raise ValueError(

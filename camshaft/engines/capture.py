@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -92,11 +93,11 @@ class Capture:
         """For each parameter of the phase, the gradient that the graphs know; ``None`` for one without."""
         self.is_home = False
         """Whether the open window's gradients are these."""
-        self._trained: list[bool] = []
+        self._home_places: list[int] = []
         self._groups: list[dict[str, Any]] = []
         self._rates: list[tuple[dict[str, Any], torch.Tensor, Any]] = []
         self._surroundings: Surroundings | None = None
-        self._leaves: list[torch.Tensor] = []  # whose gradients a pass made that is going to be recorded
+        self._leaves: dict[Hashable, list[torch.Tensor]] = {}  # whose gradients a pass made that is going to be recorded
 
     @property
     def records_steps(self) -> bool:
@@ -108,24 +109,17 @@ class Capture:
     def passes(self, engine: Trainer, prepared: Any, weight: Any) -> None:
         """One batch forward and backward: leaves ``state.loss``, ``state.y_pred`` and gradients, as without a graph."""
         phase, state, first = self.phase, engine.state, self.phase.window.batches == 0
-        trained = [p.requires_grad for p in phase.parameters()]
-        moved = first and self._surroundings is not None and self._surroundings.have_moved()
-        if moved or trained != self._trained:
-            what = (
-                "a parameter is in other memory, or a module in another mode" if moved else "a parameter was frozen or unfrozen"
-            )
-            self.forget(what if self._trained else None)
-            self._trained = trained
+        self._look_around(at_weights=True)
         given: list[torch.Tensor] = []
         inputs = prepared, state.x, state.y, weight
         key = first, phase.window.length, phase.autocast, phase.scaler, form(inputs, given)
         recording = None
-        if self.recordings.is_due(PASSES, key) and (first or self._are_home()):
+        if self.recordings.is_due(PASSES, key) and (self._are_none() if first else self._are_home()):
             recording = self.recordings.get(PASSES, key) or self._record_passes(engine, inputs, given, key)
         if recording is None:
             phase.forward(engine, prepared)
             if self.recordings.is_next(PASSES, key):
-                self._leaves = leaves_of(state.loss)
+                self._leaves[key] = leaves_of(state.loss)
             phase.backward(state, weight)
             if first:
                 self._bring_home()
@@ -164,12 +158,18 @@ class Capture:
         state.x, state.y, state.losses = x, y, {}
         try:
             recording = self._record(PASSES, key, work, fixed)
+        except BaseException:
+            self._put_gradients(before)
+            raise
         finally:
             state.x, state.y, state.losses = kept
-        met, self._leaves = {id(leaf) for leaf in self._leaves}, []
+        if recording is None:
+            return None
+        met = {id(leaf) for leaf in self._leaves.pop(key, ())}
         check_leaves([leaf for leaf in leaves if id(leaf) in met], phase)  # others are made by the pass itself
         if first and not self.home:
             self.home = [p.grad for p in phase.parameters()]
+            self._home_places = places_of(self.home)
         if any(p.grad is not home for p, home in zip(phase.parameters(), self.home, strict=True)):
             self.recordings.leave_alone(PASSES, key)
             self._put_gradients(before)
@@ -182,17 +182,28 @@ class Capture:
         """Moves gradients that were made elsewhere to where the graphs know them, if they are of the same parameters."""
         parameters = self.phase.parameters()
         made = [p.grad for p in parameters]
-        self.is_home = [gradient is None for gradient in made] == [gradient is None for gradient in self.home]
+        self.is_home = [gradient is None for gradient in made] == [home is None for home in self.home]
         away = [(home, g) for home, g in zip(self.home, made, strict=True) if g is not home] if self.is_home else []
         if away:
             torch._foreach_copy_([home for home, _ in away], [gradient for _, gradient in away])  # type: ignore[misc]
             self._put_gradients(self.home)
 
+    def _are_none(self) -> bool:
+        """Whether a window's gradients begin with its first pass; a handler may have made some before."""
+        return self.phase.has_own_zero_grad or all(p.grad is None for p in self.phase.parameters())
+
     def _are_home(self) -> bool:
         """Whether the graphs know the window's gradients; one that a handler has put in another's place is moved there."""
-        if self.is_home and any(p.grad is not home for p, home in zip(self.phase.parameters(), self.home, strict=True)):
+        made = [p.grad for p in self.phase.parameters()]
+        if self.is_home and not (len(made) == len(self.home) and all(map(operator.is_, made, self.home))):
             self._bring_home()
         return self.is_home
+
+    def _look_around(self, at_weights: bool) -> None:
+        """Throws the recordings away where gradients or weights are in other memory now, or train otherwise."""
+        moved = at_weights and self._surroundings is not None and self._surroundings.have_moved()
+        if moved or places_of(self.home) != self._home_places:
+            self.forget("a parameter or a gradient is in other memory, a parameter frozen, or a module in another mode")
 
     def _put_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(self.phase.parameters(), gradients, strict=True):
@@ -231,9 +242,12 @@ class Capture:
         self._work(STEP, (made, *[settings_of(optimizer) for optimizer in optimizers]), work)
 
     def _work(self, kind: Kind, settings: Hashable, work: Callable[[], Any]) -> Any:
+        self._look_around(at_weights=kind is STEP)
         if not (self.recordings.is_due(kind, settings) and self._are_home()):
             return work()
         recording = self.recordings.get(kind, settings) or self._record(kind, settings, work, [])
+        if recording is None:
+            return work()
         recording.replay()
         return map_tensors(torch.clone, recording.results)
 
@@ -270,23 +284,40 @@ class Capture:
 
     # -- recordings ---------------------------------------------------------------------------------------------------
 
-    def _record(self, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]) -> Recording:
+    def _record(self, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]) -> Recording | None:
+        """Records some work; ``None`` where what the other recordings take for granted has changed."""
         before = Surroundings(self.phase)
+        if self._is_another(before):
+            return None
         held = [*before.tensors, *[rate for _, rate, _ in self._rates], *[g for g in self.home if g is not None]]
-        recording = self.recordings.record(kind, key, work, inputs, held)
-        changed = Surroundings(self.phase).differing(before)
+        try:
+            recording = self.recordings.record(kind, key, work, inputs, held)
+            changed = Surroundings(self.phase).differing(before)
+        finally:
+            before.restore()  # what the recording has put there is memory that nothing has written
         if changed:
             self.forget()
             raise RuntimeError(
                 f"capture=True: {kind.name} of phase {self.phase.name!r} puts something new into {', '.join(changed[:5])}, "
                 "which a graph can't repeat. Change a tensor in place (copy_, lerp_, add_), make a tensor of a number, and "
-                "return from compute_loss by name what is only looked at"
+                "return from compute_loss by name what is only looked at. The older weight_norm and spectral_norm of "
+                "torch.nn.utils do so too: take those of torch.nn.utils.parametrizations"
             )
         self._surroundings = before
         return recording
 
     def check_surroundings(self) -> None:
         """Throws the recordings away where anything that they take for granted is another now."""
-        changed = Surroundings(self.phase).differing(self._surroundings) if self._surroundings is not None else []
+        if self._surroundings is not None:
+            self._is_another(Surroundings(self.phase))
+
+    def _is_another(self, now: Surroundings) -> bool:
+        changed = now.differing(self._surroundings) if self._surroundings is not None else []
         if changed:
-            self.forget(f"{', '.join(changed[:3])} changed between epochs")
+            self.forget(f"of a change of {', '.join(changed[:3])}")
+        return bool(changed)
+
+
+def places_of(gradients: list[torch.Tensor | None]) -> list[int]:
+    """Where gradients are."""
+    return list(map(torch.Tensor.data_ptr, filter(torch.is_tensor, gradients)))

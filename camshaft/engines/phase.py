@@ -131,7 +131,8 @@ class Phase:
 
         self._refusals: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
-        self._optimizers_zero = any(has_own_zero_grad(item) for item in self.optimizers)
+        self.has_own_zero_grad = any(has_own_zero_grad(item) for item in self.optimizers)
+        """Whether an optimizer lets go of its gradients in another way than torch's do."""
         self._kept_in_eval: list[nn.Module] = []
         self._passed_through: list[nn.Parameter] | None = None
         self.remember_modes()
@@ -296,7 +297,7 @@ class Phase:
         What ``Optimizer.zero_grad()`` does, without its label for the profiler, which takes longer than a step's other lines;
         an optimizer that has a method of its own is asked.
         """
-        if self._optimizers_zero:
+        if self.has_own_zero_grad:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
         else:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["RECORDERS", "CudaRecorder", "Kind", "Recording", "Recordings"]
+__all__ = ["CudaRecorder", "Kind", "Recording", "Recordings"]
 
 WARM_UP = 3
 """How often work of one form runs as ever before it is recorded, while libraries choose kernels and optimizers make states."""

@@ -218,6 +218,8 @@ class Trainer(LoopEngine):
             elif not goes_on:
                 self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
             self.was_asked_to_stop = self.was_asked_to_stop and goes_on
+            for phase in self.phases.values() if goes_on else ():
+                phase.remember_modes()
             super().run(data, *limits, epoch_length)
         ended = self._internal_run_generator is None
         self._exit_if_asked()

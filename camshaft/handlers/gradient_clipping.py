@@ -91,6 +91,7 @@ class GradientClipping(Handler):
             state.grad_norm = whole(norm)
         if self.function is not None:
             self.function(parameters)
+        phase.norms = None
 
     def _clip(self, parameters: list[nn.Parameter], known: Norms | None = None) -> torch.Tensor:
         """Clips to the bounds; returns the norm that was, from norms that are known already where they are the gradients'."""

@@ -117,6 +117,20 @@ def test_graphs_of_what_has_changed_are_made_anew(change, graphs, moment, optimi
     assert_same(graphs, prepare=prepare, optimizer=optimizer)
 
 
+class Scaled(nn.ReLU):
+    def __init__(self):
+        super().__init__()
+        self.factors, self.unknown = [1.0, {"of": 1.0}], float("nan")
+
+    def forward(self, x):
+        return super().forward(x) * self.factors[0]
+
+
+class Smoothing(nn.CrossEntropyLoss):
+    def forward(self, y_pred, y):
+        return super().forward(y_pred, y) * (1.0 if self.training else 0.5)
+
+
 def drops_nothing(trainer):
     trainer.lead.module[3].p = 0.0
 
@@ -141,12 +155,56 @@ def smooths_the_labels(trainer):
     trainer.lead.objective.part.label_smoothing = 0.25
 
 
+def squashes_otherwise(trainer):
+    trainer.lead.module[2] = nn.Tanh()
+
+
+def masks_a_gradient(trainer):
+    trainer.lead.module[4].weight.register_hook(lambda gradient: gradient * 0.5)
+
+
+def looks_at_gradients_afterwards(trainer):
+    def halve(parameter):
+        parameter.grad.mul_(0.5)
+
+    trainer.lead.module[4].weight.register_post_accumulate_grad_hook(halve)
+
+
+def has_another_loss(trainer):
+    trainer.lead.objective.part = nn.functional.multi_margin_loss
+
+
+def evaluates_the_loss(trainer):
+    trainer.lead.objective.part.eval()
+
+
+def is_put_into_a_list(trainer):
+    trainer.lead.module[2].factors[0] = 0.5
+
+
 @pytest.mark.parametrize(
-    "change", [drops_nothing, has_a_hook, has_another_layer, has_another_buffer, weighs_the_classes, smooths_the_labels]
+    "change",
+    [
+        drops_nothing,
+        has_a_hook,
+        has_another_layer,
+        has_another_buffer,
+        weighs_the_classes,
+        smooths_the_labels,
+        squashes_otherwise,
+        masks_a_gradient,
+        looks_at_gradients_afterwards,
+        has_another_loss,
+        evaluates_the_loss,
+        is_put_into_a_list,
+    ],
 )
 def test_graphs_are_made_anew_where_a_setting_has_changed_between_epochs(change):
-    prepare = lambda trainer: trainer.add_event_handler(Events.EPOCH_STARTED(once=3), change)  # noqa: E731
-    expected, found = (run(capture, prepare=prepare, loss_fn=nn.CrossEntropyLoss()) for capture in (False, True))
+    def prepare(trainer):
+        trainer.lead.module[2] = Scaled()
+        trainer.add_event_handler(Events.EPOCH_STARTED(once=3), change)
+
+    expected, found = (run(capture, prepare=prepare, loss_fn=Smoothing()) for capture in (False, True))
     assert same(expected, found)
     assert TapeRecorder.made == 4
 
@@ -154,7 +212,9 @@ def test_graphs_are_made_anew_where_a_setting_has_changed_between_epochs(change)
 def test_graphs_that_are_thrown_away_over_and_over_are_warned_of():
     prepare = lambda trainer: trainer.add_event_handler(Events.ITERATION_COMPLETED(every=4), moves_weights)  # noqa: E731
     expected = run(False, prepare=prepare, epochs=10)
-    with pytest.warns(UserWarning, match="thrown away 10 times, lastly because a parameter is in other memory") as caught:
+    with pytest.warns(
+        UserWarning, match="thrown away 10 times, lastly because a parameter or a gradient is in other memory"
+    ) as caught:
         found = run(True, prepare=prepare, epochs=10)
     assert len(caught) == 1
     assert same(expected, found)
@@ -406,3 +466,137 @@ def test_the_generators_of_the_host(draw):
     assert recordings.host_generators() == before
     draw()
     assert recordings.host_generators() != before
+
+
+# -- between the events of a step -----------------------------------------------------------------------------------------
+
+
+def weights_elsewhere(trainer):
+    for parameter in trainer.lead.parameters():
+        parameter.data = parameter.data * 0.75
+
+
+def gradients_elsewhere(trainer):
+    for parameter in trainer.lead.parameters():
+        parameter.grad.data = parameter.grad.data * 0.5
+
+
+def another_penalty(trainer):
+    sum(p.square().sum() for p in trainer.lead.parameters()).backward()
+
+
+BEFORE = ("ITERATION_STARTED", "FORWARD_STARTED", "BACKWARD_COMPLETED", "OPTIMIZER_STEP_COMPLETED", "ITERATION_COMPLETED")
+AFTER = ("BACKWARD_COMPLETED", "GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZER_STEP_STARTED")
+
+
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [(weights_elsewhere, moment) for moment in dict.fromkeys((*BEFORE, *AFTER))]
+    + [(gradients_elsewhere, moment) for moment in AFTER]
+    + [(another_penalty, moment) for moment in ("FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY")],
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_whatever_a_handler_puts_elsewhere_counts(change, moment, steps):
+    event = getattr(StepEvents, moment, None) or getattr(Events, moment)
+    prepare = lambda trainer: trainer.add_event_handler(event(every=9), change)  # noqa: E731
+    options = {"prepare": prepare, "accumulation_steps": steps, "clip_grad_norm": 0.5, "optimizer": "SGD"}
+    expected, found = (run(capture, **options) for capture in (False, True))
+    assert same(expected, found)
+    assert TapeRecorder.made > 2
+
+
+@pytest.mark.parametrize("moment", ["FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY", "ITERATION_COMPLETED"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_parameters_that_join_on_the_way(moment, steps):
+    def grows(trainer):
+        optimizer = trainer.lead.optimizers[0]
+        if len(optimizer.param_groups) == 1:
+            trainer.lead.module[0].requires_grad_(True)
+            optimizer.add_param_group({"params": [*trainer.lead.module[0].parameters()]})
+
+    def prepare(trainer):
+        trainer.add_event_handler((getattr(StepEvents, moment, None) or getattr(Events, moment))(once=17), grows)
+
+    def go(capture):
+        model = network()
+        model[0].requires_grad_(False)
+        made = SGD([*model[1].parameters(), *model[4].parameters()], lr=RATE, momentum=0.5)
+        trainer = create_trainer(model, made, cross_entropy, capture=capture, accumulation_steps=steps, clip_grad_norm=0.5)
+        prepare(trainer)
+        torch.manual_seed(3)
+        trainer.run(pairs(), max_epochs=6)
+        return weights(model)
+
+    assert same(go(False), go(True))
+    assert TapeRecorder.made > 2
+
+
+def test_a_part_that_is_unfrozen_and_that_nobody_trains():
+    model = network()
+    model[0].requires_grad_(False)
+    trainer = create_trainer(model, SGD(model[4].parameters(), lr=RATE), cross_entropy, capture=True)
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: model[0].requires_grad_(True))
+    model[1].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"also makes the gradients of .*0\.weight.* which no optimizer of phase 'model' trains"
+    ):
+        trainer.run(pairs(), max_epochs=4)
+
+
+def test_an_optimizer_that_lets_go_of_its_gradients_in_its_own_way():
+    class Zeroes(SGD):
+        def zero_grad(self, set_to_none=False):
+            super().zero_grad(set_to_none=False)
+
+    def go(capture):
+        model = network()
+        trainer = create_trainer(model, Zeroes(model.parameters(), lr=RATE), cross_entropy, capture=capture)
+        torch.manual_seed(3)
+        trainer.run(pairs(), max_epochs=3)
+        return weights(model)
+
+    assert same(go(False), go(True))
+    assert TapeRecorder.made == 1  # the step of a class that isn't torch's runs as ever
+
+
+def test_an_interrupted_run_goes_on_with_what_has_changed_meanwhile():
+    def go(capture):
+        model = network()
+        trainer = create_trainer(model, OPTIMIZERS["SGD"](model.parameters()), cross_entropy, capture=capture)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=10), trainer.interrupt)
+        torch.manual_seed(3)
+        trainer.run(pairs(), max_epochs=4)
+        model[3].p = 0.0
+        trainer.run(pairs(), max_epochs=4)
+        return weights(model)
+
+    assert same(go(False), go(True))
+    assert TapeRecorder.made == 4
+
+
+@pytest.mark.parametrize("order", [(6, 4) * 4, (4, 6) * 4, (4,) * 8])
+def test_gradients_of_others_are_found_in_whatever_order_batches_come(order):
+    judge = nn.Linear(3, 3)
+
+    def compute_loss(model, batch):
+        x, y = batch
+        return cross_entropy(judge(model(x)) if len(x) == 4 else model(x), y)
+
+    with pytest.raises(ValueError, match="also makes the gradients of"):
+        run(True, loss_fn=None, compute_loss=compute_loss, data=pairs(order))
+
+
+def test_a_model_that_cannot_be_recorded_is_as_it_was():
+    model = Running("mean")
+    trainer = trainer_of(model, capture=True)
+    seen = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(model.mean.clone()))
+    with pytest.raises(RuntimeError, match="puts something new"):
+        trainer.run(batches(5))
+    assert torch.equal(model.mean, seen[-1])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_sparse_batches():
+    with pytest.raises(ValueError, match=r"a batch has a sparse or nested tensor of shape \(6, 4\), whose memory is another"):
+        run(True, data=[(x.to_sparse(), y) for x, y in pairs()], model_transform=None, loss_fn=cross_entropy)
