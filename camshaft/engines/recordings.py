@@ -106,7 +106,7 @@ class Recordings:
 
     def is_next(self, kind: Kind, form: Hashable) -> bool:
         """Whether work of a form has run for the last time before it is due."""
-        return self._met[kind].get(form) == WARM_UP
+        return self._met.get(kind, {}).get(form) == WARM_UP
 
     def leave_alone(self, kind: Kind, form: Hashable) -> None:
         """Throws a recording away, and has work of its form run as ever."""
