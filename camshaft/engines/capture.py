@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +18,8 @@ from camshaft.engines.capturable import (
     is_recordable,
     leaves_of,
     settings_of,
-    takes_tensor_rate,
 )
+from camshaft.engines.device_rates import DeviceRates
 from camshaft.engines.recordings import RECORDERS, Kind, Recording, Recordings
 from camshaft.engines.surroundings import Surroundings
 
@@ -94,8 +93,7 @@ class Capture:
         self.is_home = False
         """Whether the open window's gradients are these."""
         self._home_places: list[int] = []
-        self._groups: list[dict[str, Any]] = []
-        self._rates: list[tuple[dict[str, Any], torch.Tensor, Any]] = []
+        self._rates = DeviceRates(self.phase.optimizers, self.phase.device)
         self._surroundings: Surroundings | None = None
         self._leaves: dict[Hashable, list[torch.Tensor]] = {}  # whose gradients a pass made that is going to be recorded
 
@@ -227,17 +225,18 @@ class Capture:
     def step(self) -> None:
         """The step of the phase's optimizers, with learning rates that a graph reads anew each time."""
         optimizers = self.phase.optimizers
-        if not self.records_steps:
-            for optimizer in optimizers:
-                optimizer.step()
-            return
+        if self._surroundings is not None and self._surroundings.states_have_gone():
+            self.forget("an optimizer has lost its state")
+        if not self._rates.are_of(optimizers):
+            self.forget("an optimizer has another group, or has loaded a state")
+        rates = self._rates
+        rates.follow()
 
         def work() -> None:
-            with self._rates_on_device():
+            with rates.in_place():
                 for optimizer in optimizers:
                     optimizer.step()
 
-        self._follow_rates()
         made = tuple([p.grad is None for p in self.phase.parameters()])  # the first steps of a parameter make its state
         self._work(STEP, (made, *[settings_of(optimizer) for optimizer in optimizers]), work)
 
@@ -251,37 +250,6 @@ class Capture:
         recording.replay()
         return map_tensors(torch.clone, recording.results)
 
-    def _follow_rates(self) -> None:
-        """Brings the device's learning rates to those of the parameter groups, where they have changed."""
-        if self._surroundings is not None and self._surroundings.states_have_gone():
-            self.forget("an optimizer has lost its state")
-        groups = [group for optimizer in self.phase.optimizers for group in optimizer.param_groups]
-        if len(groups) != len(self._groups) or any(a is not b for a, b in zip(groups, self._groups, strict=True)):
-            if self._groups:
-                self.forget("an optimizer has another group, or has loaded a state")
-            self._groups, device = groups, self.phase.device
-            steered = [group for o in self.phase.optimizers if takes_tensor_rate(o) for group in o.param_groups]
-            self._rates = [(group, torch.empty((), dtype=torch.float32, device=device), None) for group in steered]
-        for number, (group, rate, known) in enumerate(self._rates):
-            wanted = group["lr"]
-            if isinstance(wanted, torch.Tensor):
-                rate.copy_(wanted.reshape(()), non_blocking=True)
-            elif wanted != known:
-                rate.fill_(wanted)
-                self._rates[number] = group, rate, wanted
-
-    @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """Gives the optimizers their learning rates as tensors, with and without a graph, so that both do the same sums."""
-        kept = [group["lr"] for group, _, _ in self._rates]
-        for group, rate, _ in self._rates:
-            group["lr"] = rate
-        try:
-            yield
-        finally:
-            for (group, _, _), wanted in zip(self._rates, kept, strict=True):
-                group["lr"] = wanted
-
     # -- recordings ---------------------------------------------------------------------------------------------------
 
     def _record(self, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]) -> Recording | None:
@@ -289,7 +257,7 @@ class Capture:
         before = Surroundings(self.phase)
         if self._is_another(before):
             return None
-        held = [*before.tensors, *[rate for _, rate, _ in self._rates], *[g for g in self.home if g is not None]]
+        held = [*before.tensors, *self._rates.tensors, *[g for g in self.home if g is not None]]
         try:
             recording = self.recordings.record(kind, key, work, inputs, held)
             changed = Surroundings(self.phase).differing(before)

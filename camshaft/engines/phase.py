@@ -171,10 +171,10 @@ class Phase:
                 fire(FORWARD_COMPLETED)
             if heard.backward_started:
                 fire(BACKWARD_STARTED)
-            weight = None if window.plain else window.weigh(batch)
+            weight = window.weigh(batch)
             self.backward(state, weight)
         else:
-            weight = None if window.plain else window.weigh(batch)
+            weight = window.weigh(batch)
             self.capture.passes(engine, prepared, weight)
         window.count(weight)
         if heard.backward_completed:
@@ -251,7 +251,7 @@ class Phase:
 
     def step(self) -> None:
         """The optimizers' step, and nothing else."""
-        if self.capture is not None:
+        if self.capture is not None and self.capture.records_steps:
             self.capture.step()
             return
         for optimizer in self.optimizers:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+
+from camshaft.randomness import raw_rng_state
 
 __all__ = ["CudaRecorder", "Kind", "Recording", "Recordings"]
 
@@ -162,5 +162,6 @@ class Recordings:
 
 def host_generators() -> list[Any]:
     """The states of the random number generators on the host, to be compared."""
-    _, keys, position, *_ = np.random.get_state(legacy=True)
-    return [random.getstate(), bytes(keys), position, bytes(torch.get_rng_state().numpy())]  # type: ignore[arg-type]
+    states = raw_rng_state()
+    _, keys, position, *_ = states.numpy
+    return [states.python, bytes(keys), position, bytes(states.torch.numpy())]

@@ -78,10 +78,7 @@ def about_phase(trainer: Trainer, phase: Phase) -> Iterator[Advice]:
     yield from about_convolutions(trainer, phase, label)
     yield from about_precision(trainer, phase, label)
     yield from about_compiling(phase, label)
-    if isinstance(phase.objective, (Supervised, Custom)) and phase.device.type in RECORDERS and world_size() == 1:
-        why = "each operation of a step is launched by itself; for batches of one shape"
-        left_alone = "not measured: recording takes longer than many steps"
-        yield Advice("create_trainer(..., capture=True)", why, left_alone, phase.capture is not None)
+    yield from about_capture(phase)
 
 
 def about_clearing(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:
@@ -165,6 +162,14 @@ def about_compiling(phase: Phase, label: str) -> Iterator[Advice]:
     if not scripted and not penalised and has_compiler(phase.device):
         why = f"{label}{type(phase.module).__name__} runs one operation at a time; before the optimizer is made"
         yield Advice(word, why, "not measured: compiling takes longer than many steps")
+
+
+def about_capture(phase: Phase) -> Iterator[Advice]:
+    """CUDA graphs, where ``create_trainer`` has made the phase."""
+    if isinstance(phase.objective, (Supervised, Custom)) and phase.device.type in RECORDERS and world_size() == 1:
+        why = "each operation of a step is launched by itself; for batches of one shape"
+        left_alone = "not measured: recording takes longer than many steps"
+        yield Advice("create_trainer(..., capture=True)", why, left_alone, phase.capture is not None)
 
 
 def has_compiler(device: torch.device) -> bool:
