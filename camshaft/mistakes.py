@@ -1,11 +1,12 @@
-"""What an error says of a value that came in place of another."""
+"""What an error says of the value that came, and of many names."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["came"]
+__all__ = ["came", "listed"]
 
 
 def came(value: Any) -> str:
@@ -26,3 +27,14 @@ def came(value: Any) -> str:
     except (TypeError, ValueError):
         arguments = "..."
     return f"the class {value.__name__}; make one: {value.__name__}({arguments})"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Some names in a row, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

@@ -11,6 +11,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 from camshaft.batches import is_strided
 from camshaft.events import StepEvents
+from camshaft.mistakes import listed
 
 if TYPE_CHECKING:
     from camshaft.engines.phase import Phase
@@ -59,9 +60,8 @@ def check_leaves(leaves: list[torch.Tensor], phase: Phase) -> None:
     names = {id(p): name for name, p in phase.module.named_parameters()}
     others = [names.get(id(t), f"a tensor of shape {tuple(t.shape)}") for t in leaves if id(t) not in held]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ValueError(
-            f"capture=True: the loss also makes the gradients of {', '.join(others[:3])}{more}, which no optimizer of phase "
+            f"capture=True: the loss also makes the gradients of {listed(others, 3)}, which no optimizer of phase "
             f"{phase.name!r} trains. Freeze them with requires_grad_(False), or give them to the optimizer"
         )
 

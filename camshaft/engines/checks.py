@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.batches import describe
-from camshaft.mistakes import came
+from camshaft.mistakes import came, listed
 from camshaft.modules import device_of
 
 __all__ = [
@@ -167,11 +167,7 @@ def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], model: str
         "only the model has": [key for key in own if key not in saved],
         "these have other shapes:": shapes,
     }
-    found = [
-        f"{text} {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        for text, names in differences.items()
-        if names
-    ]
+    found = [f"{text} {listed(names, 6)}" for text, names in differences.items() if names]
     if found:
         raise ValueError(f"{source} was written for another model than {model}: {'; '.join(found)}")
 

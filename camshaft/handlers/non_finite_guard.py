@@ -8,6 +8,7 @@ import torch
 
 from camshaft.distributed import world_size
 from camshaft.events import Handler, Place, StepEvents, on
+from camshaft.mistakes import listed
 from camshaft.norms import Norms
 
 __all__ = ["NonFiniteGuard"]
@@ -89,5 +90,4 @@ class NonFiniteGuard(Handler):
         ]
         if not bad and world_size() > 1:
             return f"the loss or the gradient of another process is not finite in iteration {state.iteration}, {where}"
-        listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        return f"the gradient of {listed} is not finite in iteration {state.iteration}, {where}"
+        return f"the gradient of {listed(bad, 5)} is not finite in iteration {state.iteration}, {where}"
