@@ -11,6 +11,7 @@ Example:
     ...     print(engine.state.optimizer_step, engine.state.grad_norm)
 """
 
+from camshaft.data.prefetch import Prefetch
 from camshaft.engines import (
     DRAGAN,
     R1,
@@ -28,7 +29,8 @@ from camshaft.engines import (
     seed_everything,
     worker_init_fn,
 )
-from camshaft.events import Events, Handler, Place, StepEvents, on
+from camshaft.events import Events, Priority, StepEvents
+from camshaft.handler import Handler, on
 from camshaft.handlers import (
     CheckpointRotation,
     EarlyStopping,
@@ -48,8 +50,7 @@ from camshaft.handlers import (
     TensorBoard,
     TimeLimit,
 )
-from camshaft.modules import ParameterCount, count_parameters, freeze, unfreeze
-from camshaft.prefetch import Prefetch
+from camshaft.models import ParameterCount, count_parameters, freeze, unfreeze
 
 __version__ = "0.1.0"
 
@@ -73,8 +74,8 @@ __all__ = [
     "NonFiniteGuard",
     "ParameterCount",
     "Phase",
-    "Place",
     "Prefetch",
+    "Priority",
     "Progress",
     "R1",
     "R2",

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from ignite.engine import Events
 
-from camshaft.batches import tensors
 from camshaft.engines.trainer import Trainer
+from camshaft.pytree import tensors
 
 __all__ = ["assert_resumes_exactly"]
 

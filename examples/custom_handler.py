@@ -38,7 +38,7 @@ class SpikeGuard(Handler):
     def judge(self, engine):
         norm = engine.state.grad_norm  # before clipping
         limit = norm if self.usual is None else self.factor * self.usual
-        engine.refuse_step(norm > limit)
+        engine.skip_step_if(norm > limit)
         norm = torch.minimum(norm, limit)
         self.usual = norm if self.usual is None else torch.lerp(norm, self.usual, self.memory)
 

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from toys import same, weights
 
 from camshaft import Events, create_trainer
-from camshaft.engines import recordings
+from camshaft.cudagraphs import graphs as recordings
 
 RATE = 2.0**-5
 """A learning rate that is the same number in every floating type."""

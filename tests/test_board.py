@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from camshaft.board import finished, layout
+from camshaft.tensorboard_tags import finished, layout
 
 METRICS = ["val/loss", "val/accuracy", "val/f1/0", "val/f1/1", "test/accuracy", "top-1 (%)", "ema/val/iou"]
 RATES = ["train/lr", "train/lr/head", "train/generator/lr"]

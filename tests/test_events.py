@@ -27,7 +27,7 @@ ON_STEPS = ["GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZER_STEP_STARTED", "O
 
 
 def skip_all(engine):
-    engine.refuse_step(torch.tensor(True))
+    engine.skip_step_if(torch.tensor(True))
 
 
 def log_of(trainer, *, events=StepEvents, **run):
@@ -681,7 +681,7 @@ def order_at(trainer, event):
 
 def attachments(trainer, folder):
     """Everything that shares a moment, as functions that attach it."""
-    optimizer = trainer.lead.optimizers[0]
+    optimizer = trainer.primary.optimizers[0]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     exponential = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     events = (StepEvents.GRADIENTS_READY, StepEvents.OPTIMIZER_STEP_COMPLETED, Events.EPOCH_COMPLETED, Events.COMPLETED)

@@ -11,13 +11,13 @@ import torch
 from toys import batches, linear, same, sgd, trainer_of, weights
 
 from camshaft import count_parameters, freeze, unfreeze
-from camshaft.batches import detached, length, map_tensors, prepare_pair, tensors, to_device
-from camshaft.files import BadFile, clear_litter, load_checked, save_durably, write_durably
+from camshaft.checkpoints.files import CheckpointError, load_checked, remove_temporary_files, save_durably, write_durably
+from camshaft.checkpoints.index import Entry, retained
 from camshaft.metrics import Metrics, MetricWatch, as_number, better
-from camshaft.modules import fitted, kept_training_flags, unwrap, without_prefixes
-from camshaft.randomness import kept_rng, restore_rng, rng_state
-from camshaft.rates import group_rates
-from camshaft.rotation import Entry, kept
+from camshaft.models import preserve_training_mode, strip_wrapper_prefixes, unwrap, without_prefixes
+from camshaft.optimizers import group_rates
+from camshaft.pytree import map_tensors, prepare_pair, tensors, to_device
+from camshaft.rng import preserve_rng_state, restore_rng, rng_state
 
 NAN, INF = float("nan"), float("inf")
 Pair = namedtuple("Pair", ["first", "second"])
@@ -90,7 +90,7 @@ def test_an_object_with_a_to_of_its_own_is_moved_by_it():
 
 def test_detached_cuts_every_tensor_off():
     y = linear()(tensor(1, 3))
-    assert not any(t.requires_grad for t in tensors(detached({"a": y, "b": [y]})))
+    assert not any(t.requires_grad for t in tensors(detach({"a": y, "b": [y]})))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_detached_cuts_every_tensor_off():
     ],
 )
 def test_the_length_is_that_of_the_first_tensor_with_one(batch, expected):
-    assert length(batch) == expected
+    assert num_samples(batch) == expected
 
 
 def test_a_pair_is_taken_apart_whatever_it_holds():
@@ -162,8 +162,8 @@ def test_prefixes_that_all_keys_share_go(keys, expected):
 
 
 def test_a_prefix_that_belongs_to_the_model_stays():
-    assert list(fitted({"module.a": 0}, {"module.a": 1})) == ["module.a"]
-    assert list(fitted({"module.a": 0}, {"a": 1})) == ["a"]
+    assert list(strip_wrapper_prefixes({"module.a": 0}, {"module.a": 1})) == ["module.a"]
+    assert list(strip_wrapper_prefixes({"module.a": 0}, {"a": 1})) == ["a"]
 
 
 def test_flags_come_back_however_the_block_is_left():
@@ -175,7 +175,7 @@ def test_flags_come_back_however_the_block_is_left():
         model[1].train()
         raise KeyError("out")
 
-    with pytest.raises(KeyError, match="out"), kept_training_flags(model):
+    with pytest.raises(KeyError, match="out"), preserve_training_mode(model):
         disturb()
     assert [part.training for part in model.modules()] == [True, True, False]
 
@@ -251,7 +251,7 @@ def test_every_single_flipped_bit_of_a_small_file_is_found(tmp_path):
     good = path.read_bytes()
     for position in range(0, len(good), 13):
         path.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
-        with pytest.raises(BadFile, match=r"file\.pt"):
+        with pytest.raises(CheckpointError, match=r"file\.pt"):
             load_checked(path)
 
 
@@ -281,21 +281,21 @@ def test_a_written_file_has_the_permissions_that_the_user_asks_for(tmp_path):
 def test_an_unsealed_file_is_read_only_where_that_is_allowed(tmp_path):
     torch.save([1], tmp_path / "file.pt")
     assert load_checked(tmp_path / "file.pt", sealed=False) == [1]
-    with pytest.raises(BadFile, match="doesn't end with its checksum"):
+    with pytest.raises(CheckpointError, match="doesn't end with its checksum"):
         load_checked(tmp_path / "file.pt")
 
 
 def test_a_folder_and_a_missing_file_are_said_to_be_that(tmp_path):
-    with pytest.raises(BadFile, match="is not a file"):
+    with pytest.raises(CheckpointError, match="is not a file"):
         load_checked(tmp_path)
-    with pytest.raises(BadFile, match="isn't there"):
+    with pytest.raises(CheckpointError, match="isn't there"):
         load_checked(tmp_path / "nothing.pt")
 
 
 def test_litter_goes_and_everything_else_stays(tmp_path):
     for name in (".camshaft-1.tmp", ".camshaft-2.tmp", "file.tmp", "step-00000001.pt"):
         (tmp_path / name).touch()
-    clear_litter(tmp_path)
+    remove_temporary_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.tmp", "step-00000001.pt"]
 
 
@@ -319,7 +319,7 @@ def test_litter_goes_and_everything_else_stays(tmp_path):
 )
 def test_the_last_and_the_best_are_kept_in_order(scores, keep_last, keep_best, mode, expected):
     entries = [Entry(f"step-{n:08d}.pt", n, n, 1, score) for n, score in enumerate(scores, start=1)]
-    assert [entry.optimizer_step for entry in kept(entries, keep_last, keep_best, mode)] == expected
+    assert [entry.optimizer_step for entry in retained(entries, keep_last, keep_best, mode)] == expected
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_kept_generators_are_as_before_however_the_block_is_left():
         drawn()
         raise KeyError("out")
 
-    with pytest.raises(KeyError, match="out"), kept_rng():
+    with pytest.raises(KeyError, match="out"), preserve_rng_state():
         disturb()
     assert drawn() == expected
 

@@ -86,7 +86,7 @@ ENGINES = [
     "save_weights",
     "load_weights",
 ]
-OTHERS = ["Events", "StepEvents", "Place", "freeze", "unfreeze", "count_parameters"]
+OTHERS = ["Events", "StepEvents", "Priority", "freeze", "unfreeze", "count_parameters"]
 
 
 @pytest.mark.parametrize("name", HANDLERS)
@@ -161,7 +161,7 @@ def test_a_module_says_what_it_is(name):
     assert inspect.getdoc(importlib.import_module(name))
 
 
-NOTHING_TO_SHOW = {"ParameterCount", "Place"}
+NOTHING_TO_SHOW = {"ParameterCount", "Priority"}
 """A named tuple and an enum; the functions that give and take them have the example."""
 
 

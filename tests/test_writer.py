@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 
-from camshaft import writer as module
-from camshaft.files import load_checked
-from camshaft.rotation import Entry, Index, file_name
-from camshaft.writer import CheckpointWriter
+from camshaft.checkpoints import writer as module
+from camshaft.checkpoints.files import load_checked
+from camshaft.checkpoints.index import Entry, Index, file_name
+from camshaft.checkpoints.writer import CheckpointWriter
 
 
 def entry(step):

@@ -30,7 +30,7 @@ def trainer_of(model=None, optimizer=None, loss_fn=nn.functional.mse_loss, **opt
 
 
 def model_of(trainer):
-    return trainer.lead.module
+    return trainer.primary.module
 
 
 def weights(module):

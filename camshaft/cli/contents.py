@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from camshaft.files import BadFile, load_checked
-from camshaft.rotation import step_of
-from camshaft.shards import load_manifest, load_shards
+from camshaft.checkpoints.files import CheckpointError, load_checked
+from camshaft.checkpoints.index import step_of
+from camshaft.checkpoints.sharded import load_manifest, load_shards
 
 __all__ = ["checked", "newest_content", "size_of", "without_weights"]
 
@@ -23,7 +23,7 @@ def checked(path: Path) -> Any:
         Its content; of a folder, what it holds beside its tensors.
 
     Raises:
-        BadFile: says what is wrong with it.
+        CheckpointError: says what is wrong with it.
     """
     is_ours = step_of(path.name) is not None
     if not path.is_dir():
@@ -32,9 +32,9 @@ def checked(path: Path) -> Any:
         try:
             content = load_manifest(path)
         except (KeyError, TypeError, ValueError) as error:
-            raise BadFile(f"{path} is not a checkpoint of a trainer: its manifest lists no files") from error
+            raise CheckpointError(f"{path} is not a checkpoint of a trainer: its manifest lists no files") from error
     if is_ours and not (isinstance(content, dict) and "phases" in content):
-        raise BadFile(f"{path} is not a checkpoint of a trainer")
+        raise CheckpointError(f"{path} is not a checkpoint of a trainer")
     return content
 
 
@@ -42,7 +42,7 @@ def without_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """A sharded checkpoint's handlers and clocks with their tensors, which are small; its weights stay on the disk.
 
     Raises:
-        BadFile: where a part can't be read.
+        CheckpointError: where a part can't be read.
     """
     phases = {
         name: {"optimizer_step": phase["optimizer_step"], "optimizers": [rates_of(each) for each in phase["optimizers"]]}
@@ -65,7 +65,7 @@ def newest_content(paths: list[Path]) -> tuple[Mapping[str, Any], list[str]]:
             if "clocks" in content:
                 return without_weights(path, content) if path.is_dir() else content, warnings
             warnings.append(f"{path} is not a checkpoint of a trainer")
-        except BadFile as error:
+        except CheckpointError as error:
             warnings.append(str(error))
     return {}, warnings
 

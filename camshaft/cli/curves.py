@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from camshaft.board import CYCLE, ENDED
+from camshaft.tensorboard_tags import CYCLE, ENDED
 
 __all__ = ["Curve", "Curves", "Events", "NO_EVENTS", "Point", "is_learning_rate", "read_events"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from camshaft.mistakes import listed
-from camshaft.rotation import INDEX, step_of
+from camshaft.checkpoints.index import INDEX, step_of
+from camshaft.validation import join_names
 
 __all__ = ["Folders", "NoRun", "find_folders", "has_checkpoints", "has_events", "is_run"]
 
@@ -78,7 +78,7 @@ def find_folders(run: Path) -> Folders:
         return Folders(run, inner[0] if inner else None, run if has_events(run) else None)
     runs = sorted(str(folder) for folder in run.iterdir() if folder.is_dir() and is_run(folder))
     if runs:
-        raise NoRun(f"{run} is a folder of runs; give one of them: {listed(runs, SHOWN)}")
+        raise NoRun(f"{run} is a folder of runs; give one of them: {join_names(runs, SHOWN)}")
     raise NoRun(
         f"{run} is neither a run's folder (no event files of TensorBoard and no folder of checkpoints in it) "
         f"nor a folder of checkpoints (no {INDEX} and no step-... in it)"

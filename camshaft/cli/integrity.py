@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from camshaft.checkpoints.files import TEMP_PREFIX, CheckpointError
+from camshaft.checkpoints.index import INDEX, read_index, step_of
 from camshaft.cli.contents import checked
-from camshaft.files import LITTER, BadFile
-from camshaft.rotation import INDEX, read_index, step_of
 
 __all__ = ["Integrity", "Verdict", "check_folder", "verdicts"]
 
@@ -62,7 +62,7 @@ def check_folder(folder: Path) -> Integrity:
 
     Example:
         >>> import tempfile, torch
-        >>> from camshaft.files import save_durably
+        >>> from camshaft.checkpoints.files import save_durably
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = save_durably({"phases": {}}, folder / "step-00000001.pt")
         >>> [(verdict.file, verdict.good, verdict.listed) for verdict in check_folder(folder).files]
@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> Integrity:
         >>> check_folder(folder).bad[0].reason
         'is damaged or no checkpoint: File is not a zip file'
     """
-    leftovers = sorted(path.name for path in folder.glob(f"{LITTER}*.tmp"))
+    leftovers = sorted(path.name for path in folder.glob(f"{TEMP_PREFIX}*.tmp"))
     return Integrity(folder, tuple(verdicts(folder)), tuple(leftovers))
 
 
@@ -83,7 +83,7 @@ def verdicts(folder: Path) -> Iterator[Verdict]:
         yield Verdict(INDEX, good=True, listed=False)
     except FileNotFoundError:
         pass  # every file is unlisted then, which is no damage
-    except BadFile as error:
+    except CheckpointError as error:
         yield Verdict(INDEX, good=False, listed=False, reason=without_path(error, folder / INDEX))
     found = {path.name for path in folder.iterdir() if path.suffix == ".pt" or step_of(path.name) is not None}
     unlisted = sorted(found.difference(listed))
@@ -96,11 +96,11 @@ def problem_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or with any other file that ``torch.save`` has written."""
     try:
         checked(path)
-    except BadFile as error:
+    except CheckpointError as error:
         return without_path(error, path)
     return None
 
 
-def without_path(error: BadFile, path: Path) -> str:
+def without_path(error: CheckpointError, path: Path) -> str:
     """The text of an error, which begins with the path of its file, without it."""
     return str(error).removeprefix(f"{path} ")

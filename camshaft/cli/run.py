@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from camshaft.board import finished
+from camshaft.checkpoints.index import Entry, Index
 from camshaft.cli.contents import newest_content, size_of
 from camshaft.cli.curves import NO_EVENTS, Curves, Events, Point, is_learning_rate, read_events
 from camshaft.cli.folders import find_folders
-from camshaft.rates import group_rates
-from camshaft.rotation import Entry, Index
+from camshaft.optimizers import group_rates
+from camshaft.tensorboard_tags import finished
 
 __all__ = ["Checkpoint", "Ending", "Run", "ending_from", "read_run"]
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from camshaft.checkpoints.index import INDEX
 from camshaft.cli.curves import Curve, Curves
 from camshaft.cli.integrity import Integrity
 from camshaft.cli.run import Checkpoint, Run
-from camshaft.rotation import INDEX
 
 __all__ = ["bytes_as_text", "print_integrity", "print_run", "sparkline"]
 

@@ -10,15 +10,15 @@ from ignite.engine import Engine, State
 from ignite.metrics import Metric
 from torch import nn
 
-from camshaft.batches import prepare_pair
-from camshaft.distributed import copy_from_first, everyones, is_sharded, is_split, pass_together, replica, world_size
-from camshaft.engines.checks import check_device, check_no_class, check_prepare, name_of
-from camshaft.engines.data import length_of
+from camshaft.checkpoints.data_position import length_of
+from camshaft.distributed.collectives import all_gather_object, broadcast, until_rank_zero_is_exhausted, world_size
+from camshaft.distributed.dtensors import is_dtensor
 from camshaft.engines.loop import LoopEngine
-from camshaft.mistakes import came
-from camshaft.modules import kept_training_flags
+from camshaft.models import ddp_wrapper, is_sharded, preserve_training_mode
 from camshaft.precision import autocast_for
-from camshaft.randomness import kept_rng
+from camshaft.pytree import prepare_pair
+from camshaft.rng import preserve_rng_state
+from camshaft.validation import check_device, check_no_class, check_prepare, describe_type, name_of
 
 __all__ = ["create_evaluator"]
 
@@ -65,7 +65,7 @@ def create_evaluator(
         ['accuracy']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {came(model)}")
+        raise TypeError(f"model must be a torch.nn.Module, got {describe_type(model)}")
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be a mapping of names to Ignite metrics, got {type(metrics).__name__}")
     check_prepare(prepare_batch)
@@ -73,7 +73,7 @@ def create_evaluator(
         if function is not None and not callable(function):
             raise TypeError(f"{argument} must be callable, got {function!r}")
     check_no_class(model_transform, "model_transform", "a function of the model's output", nn.Module)
-    wrapper = replica(model)
+    wrapper = ddp_wrapper(model)
     if wrapper is not None:
         model = wrapper.module  # DDP's own forward pass would have the processes wait for each other at every batch
     place = check_device(device, model)
@@ -99,7 +99,7 @@ def create_evaluator(
     evaluator = Evaluator(evaluate, model)
     for name, metric in (metrics or {}).items():
         if not isinstance(metric, Metric):
-            raise TypeError(f"metrics[{name!r}] must be an ignite.metrics.Metric, got {came(metric)}")
+            raise TypeError(f"metrics[{name!r}] must be an ignite.metrics.Metric, got {describe_type(metric)}")
         metric.attach(evaluator, name)
     return evaluator
 
@@ -121,7 +121,7 @@ class Evaluator(LoopEngine):
         if world_size() > 1:
             self._bring_together(args[0] if args else kwargs.get("data"), kwargs.get("epoch_length"), sharded)
         # FSDP2 makes the tensors that training will use at the first pass, which mustn't be inference tensors
-        with kept_training_flags(self.model), kept_rng(), torch.no_grad() if sharded else torch.inference_mode():
+        with preserve_training_mode(self.model), preserve_rng_state(), torch.no_grad() if sharded else torch.inference_mode():
             self.model.eval()
             return super().run(*args, **kwargs)
 
@@ -133,10 +133,10 @@ class Evaluator(LoopEngine):
         Raises:
             ValueError: where some would have the others wait for ever.
         """
-        copy_from_first(buffer for buffer in self.model.buffers() if not is_split(buffer))
+        broadcast(buffer for buffer in self.model.buffers() if not is_dtensor(buffer))
         if not sharded:
             return
-        lengths = everyones(length_of(data) if epoch_length is None else epoch_length)
+        lengths = all_gather_object(length_of(data) if epoch_length is None else epoch_length)
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"a model under fully_shard takes every process for each batch, but they have {lengths} batches to evaluate; "
@@ -147,7 +147,7 @@ class Evaluator(LoopEngine):
     def _setup_dataloader_iter(self) -> None:
         super()._setup_dataloader_iter()
         if self._ends_together and self._dataloader_iter is not None:
-            self._dataloader_iter = pass_together(self._dataloader_iter)
+            self._dataloader_iter = until_rank_zero_is_exhausted(self._dataloader_iter)
 
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)

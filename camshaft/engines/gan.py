@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from camshaft.batches import describe, to_device
-from camshaft.distributed import replica
-from camshaft.engines.checks import check_count, check_prepare, name_of
-from camshaft.engines.gan_losses import loss_pair
-from camshaft.engines.penalties import Penalty, look_at
 from camshaft.engines.phase import Phase
-from camshaft.engines.players import Forging, Judging, Players, penalty_interval
 from camshaft.engines.trainer import Trainer
+from camshaft.gan.losses import loss_pair
+from camshaft.gan.objectives import DiscriminatorObjective, GANState, GeneratorObjective, penalty_interval
+from camshaft.gan.penalties import Penalty, look_at
 from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
+from camshaft.models import ddp_wrapper
+from camshaft.pytree import describe, to_device
+from camshaft.validation import check_count, check_prepare, name_of
 
 __all__ = ["create_gan_trainer"]
 
@@ -142,9 +142,9 @@ def create_gan_trainer(
     check_prepare(prepare_batch)
     discriminator_loss, generator_loss = loss_pair(loss)
     penalties = penalties_of(penalty)
-    players = Players(called(generator), called(discriminator), latent, conditional, prepare_batch, non_blocking)
-    judging = Judging(players, discriminator_loss, penalties, loss)
-    forging = Forging(players, generator_loss, loss)
+    gan = GANState(called(generator), called(discriminator), latent, conditional, prepare_batch, non_blocking)
+    judging = DiscriminatorObjective(gan, discriminator_loss, penalties, loss)
+    forging = GeneratorObjective(gan, generator_loss, loss)
     lead = Phase("discriminator", discriminator, discriminator_optimizer, judging, prepare=judging.prepare, device=device)
     follower = Phase(
         "generator",
@@ -161,10 +161,10 @@ def create_gan_trainer(
             f"the generator is on {str(follower.device)!r} and the discriminator on {str(lead.device)!r}; move both to one "
             "device before you make their optimizers"
         )
-    players.device = judging.device = lead.device
-    players.phases = lead, follower
+    gan.device = judging.device = lead.device
+    gan.phases = lead, follower
     for phase in (lead, follower):
-        phase.reduced_by_hand = replica(phase.module) is not None
+        phase.reduced_by_hand = ddp_wrapper(phase.module) is not None
     trainer = Trainer([lead, follower], output=output)
     if any(isinstance(item, Penalty) for item in penalties):
         look_at(discriminator)
@@ -183,7 +183,7 @@ def create_gan_trainer(
 
 def called(network: Any) -> Any:
     """A network as the objectives call it: inside DDP's wrapper, which allows for one pass before each backward alone."""
-    wrapper = replica(network) if isinstance(network, nn.Module) else None
+    wrapper = ddp_wrapper(network) if isinstance(network, nn.Module) else None
     return network if wrapper is None else wrapper.module
 
 

@@ -10,10 +10,11 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import CallableEventWithFilter, Engine, Events, RemovableEventHandle, State
+from ignite.engine import Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
 
-from camshaft.events import Place, check_takes_engine, filter_terms, split, stop
+from camshaft.events import Filtered, Priority, split
+from camshaft.handler import check_takes_engine, stop
 
 __all__ = ["LoopEngine"]
 
@@ -23,26 +24,6 @@ GET_BATCH_COMPLETED = Events.GET_BATCH_COMPLETED
 ITERATION_STARTED = Events.ITERATION_STARTED
 ITERATION_COMPLETED = Events.ITERATION_COMPLETED
 DATALOADER_STOP_ITERATION = Events.DATALOADER_STOP_ITERATION
-
-
-class Filtered:
-    """A handler behind an event filter. It keeps the handler alive, so that a bound method can be removed again."""
-
-    def __init__(self, engine: LoopEngine, event: CallableEventWithFilter, handler: Callable[..., Any]) -> None:
-        self.engine, self.handler, self.event = engine, handler, event
-        self.__wrapped__ = handler
-        terms = filter_terms(event)
-        self.every = terms["every"] if set(terms) == {"every"} else 0
-        self.test: Callable[[Any, int], bool] = event.filter or (lambda engine, clock: True)
-
-    def _parent(self) -> Callable[..., Any]:
-        """The handler itself: what Ignite asks for when it compares and removes handlers."""
-        return self.handler
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.test(self.engine, self.engine.clock(self.event)):
-            return self.handler(*args, **kwargs)
-        return None
 
 
 class Heard:
@@ -62,7 +43,7 @@ class LoopEngine(Engine):
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
-        self._places: dict[tuple[str, int], int] = {}
+        self._priorities: dict[tuple[str, int], int] = {}
         self._listeners: dict[str, tuple[Any, ...]] = {}
         self.heard = Heard()
         """For each event, under its value, whether anybody listens."""
@@ -90,11 +71,11 @@ class LoopEngine(Engine):
         self._sort(event_name)
         return handle
 
-    def add_event_handler_at(self, place: int, event_name: Any, handler: Callable[..., Any]) -> RemovableEventHandle:
+    def add_event_handler_at(self, priority: int, event_name: Any, handler: Callable[..., Any]) -> RemovableEventHandle:
         """Adds a handler at a place of its own among those that share the event.
 
         Args:
-            place: one of :class:`camshaft.events.Place`, or any integer; users' handlers are at 0.
+            priority: one of :class:`camshaft.events.Priority`, or any integer; users' handlers are at 0.
             event_name: an event, or several joined by ``|``.
             handler: called as any handler of Ignite.
 
@@ -108,7 +89,7 @@ class LoopEngine(Engine):
         for event in split(event_name):
             for entry in self._event_handlers[event]:
                 if id(entry) not in known:
-                    self._places[event.name, id(entry[0])] = place
+                    self._priorities[event.name, id(entry[0])] = priority
         self._sort(event_name)
         return handle
 
@@ -130,10 +111,10 @@ class LoopEngine(Engine):
             name: str = getattr(event, "name", event)
             entries = self._event_handlers[event]
             alive = {id(entry[0]) for entry in entries}
-            gone = [key for key in self._places if key[0] == name and key[1] not in alive]
+            gone = [key for key in self._priorities if key[0] == name and key[1] not in alive]
             for key in gone:
-                del self._places[key]
-            entries.sort(key=lambda entry: self._places.get((name, id(entry[0])), Place.USER))
+                del self._priorities[key]
+            entries.sort(key=lambda entry: self._priorities.get((name, id(entry[0])), Priority.USER))
             self._note(event)
 
     def clock(self, event: Any) -> int:
@@ -232,7 +213,7 @@ class LoopEngine(Engine):
                     state.batch = next(self._dataloader_iter)  # type: ignore[arg-type]
                 except Exception as error:
                     if not isinstance(error, StopIteration):
-                        self._could_not_fetch(error)
+                        self._on_fetch_error(error)
                     if state.epoch_length is None:
                         self._learn_epoch_length(position)
                         break
@@ -274,7 +255,7 @@ class LoopEngine(Engine):
             self._setup_dataloader_iter()
         return time.time() - started
 
-    def _could_not_fetch(self, error: Exception) -> None:
+    def _on_fetch_error(self, error: Exception) -> None:
         """Ends a run that is about to end anyway, where whatever asks it to has ended the loader's workers too."""
         if self.ending is None:
             raise error

@@ -10,23 +10,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from camshaft.batches import detached, to_device
-from camshaft.distributed import local
-from camshaft.engines.capture import Capture
-from camshaft.engines.checks import (
-    bad_loss,
-    check_count,
-    check_device,
-    check_optimizers,
-    name_of,
-    stateful,
-)
-from camshaft.engines.phase_state import check_state, load_state, sharded_like, state_of
-from camshaft.engines.replicas import Replicas
+from camshaft.checkpoints.phase_state import check_state, load_state, sharding_reference, state_of
+from camshaft.cudagraphs.wrap import Capture
+from camshaft.distributed.dtensors import local_tensor
+from camshaft.distributed.gradient_sync import Replicas
 from camshaft.engines.window import Window
 from camshaft.events import StepEvents
-from camshaft.mistakes import came
-from camshaft.norms import Norms
+from camshaft.grad_norms import Norms
+from camshaft.optimizers import has_own_zero_grad
+from camshaft.pytree import detach, to_device
+from camshaft.validation import bad_loss, check_count, check_device, check_optimizers, describe_type, name_of, stateful
 
 if TYPE_CHECKING:
     from camshaft.engines.trainer import Trainer
@@ -95,7 +88,7 @@ class Phase:
         non_blocking: bool = True,
     ) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"the model of phase {name!r} must be a torch.nn.Module, got {came(module)}")
+            raise TypeError(f"the model of phase {name!r} must be a torch.nn.Module, got {describe_type(module)}")
         if not callable(objective):
             raise TypeError(f"the objective of phase {name!r} must be callable, got {type(objective).__name__}")
         check_count(interval, "interval")
@@ -156,10 +149,10 @@ class Phase:
             self.restore_modes()
         if window.batches == 0:
             self.zero_grad()
-            if not window.plain:
-                window.open(engine.batches_left if self is engine.lead else window.steps)
+            if not window.is_single_batch:
+                window.open(engine.batches_left if self is engine.primary else window.steps)
         if self.replicas is not None:
-            self.replicas.announce(engine.length_is_known or self is not engine.lead)
+            self.replicas.announce(engine.length_is_known or self is not engine.primary)
 
         prepared = self.prepare(engine, batch)
         self.forward_passes += 1
@@ -171,16 +164,16 @@ class Phase:
                 fire(FORWARD_COMPLETED)
             if heard.backward_started:
                 fire(BACKWARD_STARTED)
-            weight = window.weigh(batch)
+            weight = window.batch_weight(batch)
             self.backward(state, weight)
         else:
-            weight = window.weigh(batch)
+            weight = window.batch_weight(batch)
             self.capture.passes(engine, prepared, weight)
         window.count(weight)
         if heard.backward_completed:
             fire(BACKWARD_COMPLETED)
 
-        return (window.plain or window.batches == window.length) and self.close_window(engine)
+        return (window.is_single_batch or window.batches == window.length) and self.close_window(engine)
 
     def forward(self, engine: Trainer, prepared: Any) -> None:
         """Takes a prepared batch forward: ``state.loss`` is its loss, with the graph."""
@@ -197,12 +190,12 @@ class Phase:
         loss = state.loss
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise bad_loss(loss, f"the loss of phase {self.name!r} (from {name_of(self.objective)})")
-        share = loss if self.window.plain else self.window.share(loss, weight)
+        share = loss if self.window.is_single_batch else self.window.scale_loss(loss, weight)
         (share if self.scaler is None else self.scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
         state.loss = loss.detach()
         y_pred = state.y_pred
         if y_pred is not None:
-            state.y_pred = y_pred.detach() if isinstance(y_pred, torch.Tensor) else detached(y_pred)
+            state.y_pred = y_pred.detach() if isinstance(y_pred, torch.Tensor) else detach(y_pred)
 
     def close_window(self, engine: Trainer) -> bool:
         """Makes the optimizer step of the open window from the gradients that it has gathered.
@@ -217,9 +210,9 @@ class Phase:
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        divisor = None if self.window.plain else self._divisor()
+        divisor = None if self.window.is_single_batch else self._divisor()
         if divisor is not None:
-            torch._foreach_div_([local(p.grad) for p in self.parameters() if p.grad is not None], divisor)
+            torch._foreach_div_([local_tensor(p.grad) for p in self.parameters() if p.grad is not None], divisor)
         self.optimizer_step = state.optimizer_step = self.optimizer_step + 1
         completed = False
         try:
@@ -236,7 +229,7 @@ class Phase:
             self.norms = None  # it holds the gradients
             if not completed:  # the next attempt has the number again
                 self.optimizer_step = state.optimizer_step = self.optimizer_step - 1
-        self.window.close()
+        self.window.reset()
         if self.scaler is not None and any(self.scaler._found_inf_per_device(o) for o in self.optimizers):
             self.scaler.update()
         if completed:
@@ -283,7 +276,7 @@ class Phase:
 
     def abandon_window(self) -> None:
         """Throws away what the open window has gathered."""
-        self.window.close()
+        self.window.reset()
         if self.replicas is not None:
             self.replicas.forget()
         self._refusals.clear()
@@ -304,7 +297,7 @@ class Phase:
             for parameter in self.parameters():
                 parameter.grad = None
 
-    def refuse_step(self, flag: torch.Tensor, then: Callable[[], None]) -> None:
+    def skip_step_if(self, flag: torch.Tensor, then: Callable[[], None]) -> None:
         """Asks that the coming step be refused where ``flag`` is true; all flags are fetched in one transfer.
 
         Args:
@@ -352,7 +345,7 @@ class Phase:
             return result
         if "loss" not in result:
             raise TypeError(f"{name_of(self.objective)} returned a mapping without 'loss'; it has {list(result)}")
-        state.losses.update((name, detached(value)) for name, value in result.items() if name != "loss")
+        state.losses.update((name, detach(value)) for name, value in result.items() if name != "loss")
         return result["loss"]
 
     # -- parameters and modes -----------------------------------------------------------------------------------------
@@ -408,15 +401,10 @@ class Phase:
         """
         check_state(self, state)
 
-    def sharded_like(self, name: str) -> torch.Tensor | None:
+    def sharding_reference(self, name: str) -> torch.Tensor | None:
         """What a tensor of :meth:`state_dict` is sharded as, by its place there, such as ``"module/0.weight"``."""
-        return sharded_like(self, name)
+        return sharding_reference(self, name)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave and :meth:`check_state_dict` has found fitting."""
         load_state(self, state)
-
-
-def has_own_zero_grad(optimizer: Optimizer) -> bool:
-    """Whether an optimizer lets go of its gradients in another way than torch's do."""
-    return getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from camshaft.batches import detached, prepare_pair
-from camshaft.engines.capture import Capture
-from camshaft.engines.checks import check_count, check_no_class, check_prepare, name_of
+from camshaft.cudagraphs.wrap import Capture
 from camshaft.engines.phase import Phase
 from camshaft.engines.trainer import Trainer
 from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
 from camshaft.handlers.lr_scheduling import check_every
+from camshaft.pytree import detach, prepare_pair
+from camshaft.validation import check_count, check_no_class, check_prepare, name_of
 
-__all__ = ["create_trainer"]
+__all__ = ["Custom", "Supervised", "create_trainer"]
 
 
 def create_trainer(
@@ -131,8 +131,8 @@ class Supervised:
         if model_transform is not None and not callable(model_transform):
             raise TypeError(f"model_transform must be callable, got {model_transform!r}")
         check_no_class(model_transform, "model_transform", "a function of the model's output", nn.Module)
-        self.model, self.part, self.prepare_batch, self.model_transform = model, loss_fn, prepare_batch, model_transform
-        self.described = f"loss_fn {name_of(loss_fn)}"
+        self.model, self.loss_fn, self.prepare_batch, self.model_transform = model, loss_fn, prepare_batch, model_transform
+        self.label = f"loss_fn {name_of(loss_fn)}"
 
     def prepare(self, engine: Any, batch: Any) -> None:
         state = engine.state
@@ -148,18 +148,18 @@ class Supervised:
         if self.model_transform is not None:
             y_pred = self.model_transform(y_pred)
         state.y_pred = y_pred
-        return self.part(y_pred, state.y)
+        return self.loss_fn(y_pred, state.y)
 
 
 class Custom:
     """The objective ``compute_loss(model, batch)``."""
 
     def __init__(self, model: nn.Module, compute_loss: Any) -> None:
-        self.model, self.part = model, compute_loss
-        self.described = f"compute_loss {name_of(compute_loss)}"
+        self.model, self.loss_fn = model, compute_loss
+        self.label = f"compute_loss {name_of(compute_loss)}"
 
     def __call__(self, engine: Any, batch: Any) -> Any:
-        return self.part(self.model, batch)
+        return self.loss_fn(self.model, batch)
 
 
 class Output:
@@ -172,7 +172,7 @@ class Output:
 
     def __call__(self, engine: Any) -> Any:
         state = engine.state
-        return self.transform(detached(state.x), detached(state.y), state.y_pred, state.loss)
+        return self.transform(detach(state.x), detach(state.y), state.y_pred, state.loss)
 
 
 def check_custom(compute_loss: Any, loss_fn: Any, prepare_batch: Any, model_transform: Any, output_transform: Any) -> None:

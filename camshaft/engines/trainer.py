@@ -12,19 +12,21 @@ from ignite.engine import Engine, Events, State
 from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
-from camshaft.distributed import Failures, pass_together, world_size
-from camshaft.engines.capturable import check_outside
-from camshaft.engines.checkpoint import begins_anew, content_of, is_finished, restore
-from camshaft.engines.data import DataPlace
-from camshaft.engines.epoch_metrics import restore_metrics
-from camshaft.engines.explain import explain
+from camshaft.checkpoints.data_position import DataLoaderPosition
+from camshaft.checkpoints.metric_state import restore_metrics
+from camshaft.checkpoints.trainer_state import prepare_resume, restore, starts_new_run, trainer_state_dict
+from camshaft.cudagraphs.checks import check_outside
+from camshaft.distributed.collectives import until_rank_zero_is_exhausted, world_size
+from camshaft.distributed.coordinator import Coordinator
+from camshaft.distributed.failures import Failures
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
 from camshaft.engines.state import TrainerState
-from camshaft.engines.together import Together
-from camshaft.events import Handler, PhaseEvent, StepEvents
-from camshaft.randomness import restore_rng
-from camshaft.rates import group_rates
+from camshaft.events import PhaseEvent, StepEvents
+from camshaft.handler import Handler
+from camshaft.optimizers import group_rates
+from camshaft.reports.explain import explain
+from camshaft.rng import restore_rng
 
 __all__ = ["Trainer"]
 
@@ -66,15 +68,15 @@ class Trainer(LoopEngine):
         """What a checkpoint had of handlers that aren't attached; one that is before the run goes on from it."""
         self.phases = {phase.name: phase for phase in phases}
         """The phases by name, in order."""
-        self.lead, self.followers = phases[0], tuple(phases[1:])
+        self.primary, self.followers = phases[0], tuple(phases[1:])
         self._output = output
-        self.batch_to_follow: Any = None
-        self.place = DataPlace()
+        self.last_batch: Any = None
+        self.data_position = DataLoaderPosition()
         self._restored: Mapping[str, Any] | None = None
         self.length_is_learned = False
-        self.was_asked_to_stop = False
+        self.stop_requested = False
         self._steps_before = 0
-        self.together: Together | None = None
+        self.coordinator: Coordinator | None = None
         """The other processes of this run; ``None`` where there is one."""
         self.exit_code: int | None = None
         """What the process exits with when the run has ended; set by whoever was asked to end it."""
@@ -87,28 +89,28 @@ class Trainer(LoopEngine):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def _step(self, engine: Engine, batch: Any) -> Any:
-        lead = self.lead
-        if lead.frozen:
-            with lead.frozen_modules():
-                completed = lead.run(self, batch)
+        primary = self.primary
+        if primary.frozen:
+            with primary.frozen_modules():
+                completed = primary.run(self, batch)
         else:
-            completed = lead.run(self, batch)
+            completed = primary.run(self, batch)
         if self.followers:
-            self.batch_to_follow = batch
+            self.last_batch = batch
             self._follow(completed)
         return self.state.loss if self._output is None else self._output(self)
 
     def _follow(self, completed: bool) -> None:
         """Gives the other phases their turn after a completed step of the first."""
         for phase in self.followers:
-            if completed and self.lead.optimizer_step % phase.interval == 0:
-                phase.run_window(self, self.batch_to_follow)
+            if completed and self.primary.optimizer_step % phase.interval == 0:
+                phase.run_window(self, self.last_batch)
         main = self.followers[-1]  # between iterations the clock is that of the last phase
         self.state.optimizer_step, self.state.skipped_steps = main.optimizer_step, main.skipped_steps
 
     def _data_stopped(self) -> None:
-        if self.lead.window_is_open:
-            completed = self.lead.stop_window(self)
+        if self.primary.window_is_open:
+            completed = self.primary.stop_window(self)
             if self.followers:
                 self._follow(completed)
 
@@ -131,7 +133,7 @@ class Trainer(LoopEngine):
 
     def _check_event(self, event_name: Any) -> None:
         """Raises where nobody can listen to an event: inside a CUDA graph."""
-        if self.lead.capture is not None:
+        if self.primary.capture is not None:
             check_outside(event_name)
 
     def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
@@ -145,7 +147,7 @@ class Trainer(LoopEngine):
         generator = self._internal_run_generator
         return generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_RUNNING
 
-    def refuse_step(self, flag: torch.Tensor, then: Callable[[], None] = lambda: None) -> None:
+    def skip_step_if(self, flag: torch.Tensor, then: Callable[[], None] = lambda: None) -> None:
         """Asks at ``GRADIENTS_READY`` or ``GRADIENTS_CLIPPED`` that the coming optimizer step be refused.
 
         Args:
@@ -155,9 +157,9 @@ class Trainer(LoopEngine):
 
         Example:
             >>> def skip_spikes(engine):
-            ...     engine.refuse_step(engine.state.grad_norm > 100)
+            ...     engine.skip_step_if(engine.state.grad_norm > 100)
         """
-        self.phases[self.state.phase].refuse_step(flag, then)
+        self.phases[self.state.phase].skip_step_if(flag, then)
 
     def phases_named(self, name: str | None) -> list[Phase]:
         """The phase of this name, or all of them for ``None``.
@@ -203,27 +205,27 @@ class Trainer(LoopEngine):
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if world_size() > 1 and self.together is None:
-            self.together = Together(self)
+        if world_size() > 1 and self.coordinator is None:
+            self.coordinator = Coordinator(self)
         limits = max_epochs, max_iters
-        with self._naming_whoever_fails():
+        with self._attributing_failures():
             goes_on = self._internal_run_generator is not None  # interrupted: inside the same epoch
-            if not goes_on and begins_anew(self):
+            if not goes_on and starts_new_run(self):
                 self._restored = None
             resumed = self._restored is not None and not goes_on
             if resumed:
-                if is_finished(self, self._restored, data, *limits):  # type: ignore[arg-type]
+                if prepare_resume(self, self._restored, data, *limits):  # type: ignore[arg-type]
                     return self.state
                 limits = None, None
             elif not goes_on:
                 self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
-            self.was_asked_to_stop = self.was_asked_to_stop and goes_on
+            self.stop_requested = self.stop_requested and goes_on
             for phase in self.phases.values() if goes_on else ():
                 phase.remember_modes()
             super().run(data, *limits, epoch_length)
         ended = self._internal_run_generator is None
         self._exit_if_asked()
-        if ended and not resumed and not goes_on and not self.was_asked_to_stop and self._steps_tried() == self._steps_before:
+        if ended and not resumed and not goes_on and not self.stop_requested and self._steps_tried() == self._steps_before:
             raise RuntimeError(
                 f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
                 "every window was dropped by partial_window='drop'"
@@ -231,22 +233,22 @@ class Trainer(LoopEngine):
         return self.state
 
     @contextmanager
-    def _naming_whoever_fails(self) -> Iterator[None]:
+    def _attributing_failures(self) -> Iterator[None]:
         """Where other processes run too, an exception that comes of one's failure names that one."""
-        if self.together is None:
+        if self.coordinator is None:
             yield
             return
         if self._internal_run_generator is None:
-            self.together.failures = Failures()
+            self.coordinator.failures = Failures()
         try:
             yield
         except BaseException as error:
-            cause = self.together.failures.leave(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
+            cause = self.coordinator.failures.leave(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
             if cause is error:
                 raise
             raise cause from error
         finally:
-            self.together.leave()
+            self.coordinator.leave()
 
     def _exit_if_asked(self) -> None:
         code, self.exit_code = self.exit_code, None  # where the exit is caught, the next run is an ordinary one
@@ -260,12 +262,12 @@ class Trainer(LoopEngine):
             skip_completed: leaves out ``COMPLETED``.
             reason: what ``state.stop_reason`` says.
         """
-        self.was_asked_to_stop = True
+        self.stop_requested = True
         where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
         reason = reason or f"terminate() was called in {where}"
         skip_completed = skip_completed is True  # as a handler itself it is given the engine
-        if self.together is not None and self.is_running:
-            self.together.ask_to_stop(reason, skip_completed)
+        if self.coordinator is not None and self.is_running:
+            self.coordinator.ask_to_stop(reason, skip_completed)
             return
         super().terminate(skip_completed)
         if self.state.stop_reason is None:
@@ -273,15 +275,15 @@ class Trainer(LoopEngine):
 
     def terminate_epoch(self, *arguments: Any, **keywords: Any) -> None:
         """Ends the epoch after the event in which this is called, as Ignite does."""
-        if self.together is not None and self.is_running:
-            self.together.wish_to_end_epoch = True
+        if self.coordinator is not None and self.is_running:
+            self.coordinator.epoch_end_requested = True
             return
         super().terminate_epoch(*arguments, **keywords)
 
     def interrupt(self) -> None:
         """Holds the run up after the present iteration, as Ignite does; the next :meth:`run` goes on there."""
-        if self.together is not None and self.is_running:
-            self.together.wish_to_interrupt = True
+        if self.coordinator is not None and self.is_running:
+            self.coordinator.interrupt_requested = True
             return
         super().interrupt()
 
@@ -304,9 +306,9 @@ class Trainer(LoopEngine):
         """
         if not speed:
             return explain(self)
-        from camshaft.engines.speed import faster  # here, because few ask for it
+        from camshaft.reports.speed import speed_report  # here, because few ask for it
 
-        return f"{explain(self)}\n\n{faster(self)}"
+        return f"{explain(self)}\n\n{speed_report(self)}"
 
     def _steps_tried(self) -> int:
         return sum(phase.optimizer_step + phase.skipped_steps for phase in self.phases.values())
@@ -316,14 +318,14 @@ class Trainer(LoopEngine):
         state = self.state
         state.stop_reason = None
         self.unclaimed = {}
-        state.phase = self.lead.name
+        state.phase = self.primary.name
         for phase in self.phases.values():
             phase.remember_modes()
             if self._restored is None and state.iteration == 0:
                 phase.optimizer_step = phase.skipped_steps = phase.forward_passes = 0
                 state.losses.clear()
-        if self.together is not None:
-            self.together.begin()
+        if self.coordinator is not None:
+            self.coordinator.begin()
         self._steps_before = self._steps_tried()
         main = list(self.phases.values())[-1]
         state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
@@ -355,21 +357,27 @@ class Trainer(LoopEngine):
             self._listeners.pop("EPOCH_STARTED", None)
             if self.state.epoch_is_open or not restored["data"]["spent"]:
                 self._init_iter = self.epoch_iteration if self.state.epoch_is_open else 0
-                self._dataloader_iter = self._passed_together(self.place.resume(data, restored["data"], self.state.iteration))
+                self._dataloader_iter = self._passed_together(
+                    self.data_position.resume(data, restored["data"], self.state.iteration)
+                )
                 return
-            self.place.resume(data, restored["data"], self.state.iteration)
-        self.place.begin(data, self.state.iteration, self.state.epoch)
+            self.data_position.resume(data, restored["data"], self.state.iteration)
+        self.data_position.begin(data, self.state.iteration, self.state.epoch)
         super()._setup_dataloader_iter()
         self._dataloader_iter = self._passed_together(self._dataloader_iter)
 
     def _passed_together(self, batches: Any) -> Any:
         """Batches that end on every process at once, where nobody knows how many there are."""
-        return pass_together(batches) if self.together is not None and self.state.epoch_length is None else batches
+        return (
+            until_rank_zero_is_exhausted(batches)
+            if self.coordinator is not None and self.state.epoch_length is None
+            else batches
+        )
 
-    def _could_not_fetch(self, error: Exception) -> None:
-        if self.together is not None:  # the others have begun the next step and would wait for this one
+    def _on_fetch_error(self, error: Exception) -> None:
+        if self.coordinator is not None:  # the others have begun the next step and would wait for this one
             raise error
-        super()._could_not_fetch(error)
+        super()._on_fetch_error(error)
 
     def _run_once_on_dataset_as_gen(self) -> Generator[State, None, float]:
         self.state.epoch_is_open = True
@@ -379,12 +387,12 @@ class Trainer(LoopEngine):
 
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)
-        self.length_is_learned = self.place.has_ended = True
+        self.length_is_learned = self.data_position.is_exhausted = True
 
     def _warn_of_missing_data(self) -> None:
         """Ends the run, as well, where an epoch would have no batch at all."""
         super()._warn_of_missing_data()
-        if self.epoch_iteration == 0 and self.together is None and not self._is_done(self.state):
+        if self.epoch_iteration == 0 and self.coordinator is None and not self._is_done(self.state):
             reason = f"the data gave out after iteration {self.state.iteration}"
             self.terminate(reason=f"{reason}: it can be passed over only once; give run() a DataLoader or a list")
             raise _EngineTerminateException
@@ -412,12 +420,12 @@ class Trainer(LoopEngine):
         Raises:
             TypeError: names whatever a checkpoint can't carry.
         """
-        return content_of(self, sharded)
+        return trainer_state_dict(self, sharded)
 
-    def sharded_like(self, name: str) -> torch.Tensor | None:
+    def sharding_reference(self, name: str) -> torch.Tensor | None:
         """What a tensor of :meth:`checkpoint` is sharded as here, by its place there; ``None`` for one that is whole."""
         _, kind, *place = name.split("/")
-        return self.phases[place[0]].sharded_like("/".join(place[1:])) if kind == "phases" else None
+        return self.phases[place[0]].sharding_reference("/".join(place[1:])) if kind == "phases" else None
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Sets everything back to where :meth:`checkpoint` was called; the next :meth:`run` goes on from there.

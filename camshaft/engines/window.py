@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from camshaft.batches import describe, length
+from camshaft.pytree import describe, num_samples
 
 __all__ = ["Window"]
 
@@ -35,7 +35,7 @@ class Window:
         """The number of batches after which the open window closes."""
         self.weight: Any = 0.0
         """The sum of the weights gathered."""
-        self.is_doomed = False
+        self.will_be_dropped = False
         """Whether the data ends before the open window is full, which will then be dropped."""
         self.configure()
 
@@ -56,10 +56,10 @@ class Window:
     def _apply(self) -> None:
         self._changed = False
         self.steps, self.loss_weight, self.partial = self._settings
-        self.plain = self.steps == 1 and self.loss_weight == "batch"
+        self.is_single_batch = self.steps == 1 and self.loss_weight == "batch"
         """Whether every batch is a window and its loss goes backward as it is."""
 
-    def close(self) -> None:
+    def reset(self) -> None:
         """Ends the window, used or thrown away."""
         self.batches, self.weight = 0, 0.0
         if self._changed:
@@ -72,7 +72,7 @@ class Window:
             left: how many batches there are before the data is bound to stop; infinite where that isn't known.
         """
         short = left < self.steps and self.partial == "step"
-        self.is_doomed = left < self.steps and not short
+        self.will_be_dropped = left < self.steps and not short
         self.length, self.weight = int(left) if short else self.steps, 0.0
 
     def count(self, weight: Any) -> None:
@@ -81,14 +81,14 @@ class Window:
         if weight is not None:
             self.weight += weight
 
-    def share(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
+    def scale_loss(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
         """What of a batch's loss goes backward: its part of the window's mean, or its weight times the loss."""
         if weight is None:
             return loss if self.length == 1 else loss / self.length
         share: torch.Tensor = loss * weight
         return share
 
-    def weigh(self, batch: Any) -> Any:
+    def batch_weight(self, batch: Any) -> Any:
         """The weight of a batch, a number on the host or a scalar tensor; ``None`` where each counts the same.
 
         Raises:
@@ -99,7 +99,7 @@ class Window:
             return None
         if callable(self.loss_weight):
             return checked_weight(self.loss_weight(batch), self.loss_weight)
-        weight = length(batch)
+        weight = num_samples(batch)
         if weight is None:
             raise TypeError(
                 f"loss_weight='samples' needs a tensor with a length in the batch, got {describe(batch)}; "

@@ -1,6 +1,6 @@
 """What opens at an event: one file per handler, named after it."""
 
-from camshaft.events import Handler, on
+from camshaft.handler import Handler, on
 from camshaft.handlers.checkpoint_rotation import CheckpointRotation
 from camshaft.handlers.early_stopping import EarlyStopping
 from camshaft.handlers.empty_cache import EmptyCache

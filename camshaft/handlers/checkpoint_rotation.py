@@ -12,13 +12,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from camshaft.distributed import agreed, first_ones, is_writer, world_size
-from camshaft.events import Events, Handler, Listener, Place, on, split
-from camshaft.files import BadFile, clear_litter, load_checked
+from camshaft.checkpoints.files import CheckpointError, load_checked, remove_temporary_files
+from camshaft.checkpoints.index import Entry, Index, best_first, file_name, retained
+from camshaft.checkpoints.sharded import load_manifest, load_shards, save_shards
+from camshaft.checkpoints.writer import CheckpointWriter
+from camshaft.distributed.collectives import all_reduce_max, broadcast_object, is_main_process, world_size
+from camshaft.events import Events, Priority, split
+from camshaft.handler import Handler, Listener, on
 from camshaft.metrics import MetricWatch, as_number, check_mode
-from camshaft.rotation import Entry, Index, best_first, file_name, kept
-from camshaft.shards import load_manifest, load_shards, save_shards
-from camshaft.writer import CheckpointWriter
 
 __all__ = ["CheckpointRotation"]
 
@@ -93,7 +94,7 @@ class CheckpointRotation(Handler):
         self._writer: CheckpointWriter | None = None
         self._requested = False
         self._score: tuple[int, float] | None = None
-        self._given: tuple[int, float | None] = -1, None
+        self._last_saved_score: tuple[int, float | None] = -1, None
         self._saved_at: tuple[int, bool] | None = None
         self._saved_when = time.monotonic()
 
@@ -101,19 +102,19 @@ class CheckpointRotation(Handler):
     def writer(self) -> CheckpointWriter:
         """What writes into the folder."""
         if self._writer is None:
-            self._writer = CheckpointWriter(Index(self.folder), self._kept, self.background)
+            self._writer = CheckpointWriter(Index(self.folder), self._retained, self.background)
         return self._writer
 
     @property
     def index(self) -> Index:
         """What the folder holds; a save in the background is waited for."""
-        if not is_writer():
+        if not is_main_process():
             return Index(self.folder)  # as the first process has left it
         self.writer.wait()
         return self.writer.index
 
-    def _kept(self, entries: list[Entry]) -> list[Entry]:
-        return kept(entries, self.keep_last, self.keep_best, self.mode)
+    def _retained(self, entries: list[Entry]) -> list[Entry]:
+        return retained(entries, self.keep_last, self.keep_best, self.mode)
 
     @property
     def longest_save(self) -> float:
@@ -137,7 +138,7 @@ class CheckpointRotation(Handler):
         """Makes the folder, sees that it can be written, and clears what a killed save has left there."""
         if not hasattr(engine, "checkpoint"):
             raise TypeError(f"CheckpointRotation needs a trainer from create_trainer(), got {type(engine).__name__}")
-        if not is_writer():
+        if not is_main_process():
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,24 +151,24 @@ class CheckpointRotation(Handler):
             raise type(error)(
                 error.errno, f"dirname: checkpoints can't be written there ({reason})", str(self.folder)
             ) from error
-        clear_litter(self.folder)
+        remove_temporary_files(self.folder)
 
     def listeners(self) -> Iterator[Listener]:
         """The events that ask, and the moments at which saving comes last of all."""
         yield from super().listeners()
         for event in self.every:
-            yield Listener(event, self.request, Place.AGREE - 1)
-        yield Listener(Events.ITERATION_COMPLETED(self._when_due), self.settle, Place.SAVE)
-        yield Listener(Events.EPOCH_COMPLETED, self.settle_epoch, Place.SAVE)
+            yield Listener(event, self.request, Priority.AGREE - 1)
+        yield Listener(Events.ITERATION_COMPLETED(self._when_due), self.save_if_requested, Priority.SAVE)
+        yield Listener(Events.EPOCH_COMPLETED, self.save_if_requested_after_epoch, Priority.SAVE)
         if self.watch is not None:
-            yield Listener(Events.COMPLETED, self.check_at_end, Place.SAVE + 2)
+            yield Listener(Events.COMPLETED, self.check_at_end, Priority.SAVE + 2)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
         """A new run has saved nothing yet, a resumed one has nothing new."""
         resumed = engine.state.iteration > 0
         self._requested, self._score, self._saved_at = False, None, self._now(engine) if resumed else None
-        self._saved_when, self._given = time.monotonic(), (-1, None)
+        self._saved_when, self._last_saved_score = time.monotonic(), (-1, None)
         if self.watch is not None:
             self.watch.start(engine)
 
@@ -175,49 +176,49 @@ class CheckpointRotation(Handler):
         """Asks for a checkpoint at the end of the open window."""
         self._requested = True
 
-    def wish(self, engine: Any) -> bool:
+    def requests_checkpoint(self, engine: Any) -> bool:
         """Whether this process wants a checkpoint; of several, all take part where one does."""
         self._look_at_score(engine)
-        return self._requested or self._minutes_are_over()
+        return self._requested or self._interval_elapsed()
 
-    def _minutes_are_over(self) -> bool:
+    def _interval_elapsed(self) -> bool:
         return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
 
     def _when_due(self, engine: Any, _: int) -> bool:
-        if engine.together is not None:
-            return self.granted
+        if engine.coordinator is not None:
+            return self.agreed
         if self._requested or (self.watch is not None and self.watch.is_new(engine)):
             return True
-        return self._minutes_are_over()
+        return self._interval_elapsed()
 
-    def settle(self, engine: Any) -> None:
+    def save_if_requested(self, engine: Any) -> None:
         """Saves what has been asked for, unless a window is open."""
-        self.writer.settle()
-        if engine.together is None:
-            due = self._requested = self.wish(engine)
+        self.writer.report_if_done()
+        if engine.coordinator is None:
+            due = self._requested = self.requests_checkpoint(engine)
         else:
-            due = self.granted
+            due = self.agreed
             self._requested = self._requested or due  # of one asked for since, the others know after the next iteration
         if due and not engine.window_is_open:
             self._save()
 
-    def settle_epoch(self, engine: Any) -> None:
+    def save_if_requested_after_epoch(self, engine: Any) -> None:
         """The same after an epoch, when the metric must have appeared."""
         if self.watch is not None:
             self.watch.check_exists(engine)
-        self.settle(engine)
+        self.save_if_requested(engine)
 
-    @on(Events.COMPLETED, place=Place.SAVE)
+    @on(Events.COMPLETED, priority=Priority.SAVE)
     def finish(self, engine: Any) -> None:
         """Saves the end of a run where anything is new, the gradients of an open window included."""
-        wanted = self.wish(engine) or self._saved_at != self._now(engine)
-        if engine.together is not None:
-            wanted = bool(agreed([wanted])[0])
+        wanted = self.requests_checkpoint(engine) or self._saved_at != self._now(engine)
+        if engine.coordinator is not None:
+            wanted = bool(all_reduce_max([wanted])[0])
         if wanted:
             self._save()
         self.writer.wait()
-        if engine.together is not None:
-            agreed([0])  # nobody leaves before the file is there
+        if engine.coordinator is not None:
+            all_reduce_max([0])  # nobody leaves before the file is there
 
     def check_at_end(self, engine: Any) -> None:
         """A metric that a run has ended without is a mistake."""
@@ -233,15 +234,15 @@ class CheckpointRotation(Handler):
             return
         step = next(iter(engine.phases.values())).optimizer_step
         self._score = step + engine.window_is_open, score  # inside a window it goes to the checkpoint at the window's end
-        if not is_writer():  # the first process knows what the folder holds
+        if not is_main_process():  # the first process knows what the folder holds
             return
         ranked = best_first(self.index.entries, self.mode)[: self.keep_best]
-        among = len(ranked) < self.keep_best or any(
+        is_top_k = len(ranked) < self.keep_best or any(
             (score > entry.score) if self.mode == "max" else (score < entry.score)
             for entry in ranked
             if entry.score is not None
         )
-        self._requested = self._requested or among
+        self._requested = self._requested or is_top_k
 
     @staticmethod
     def _now(engine: Any) -> tuple[int, bool]:
@@ -266,7 +267,7 @@ class CheckpointRotation(Handler):
         if self.engine.is_running and self.engine.last_event_name != Events.EXCEPTION_RAISED:
             self.request()
             return None
-        if self.engine.is_running and self.engine.together is not None:
+        if self.engine.is_running and self.engine.coordinator is not None:
             raise RuntimeError(
                 "save() in EXCEPTION_RAISED would wait for the other processes, which may never come to it; resume from the "
                 "last checkpoint, and save more often (every=, every_minutes=)"
@@ -277,10 +278,12 @@ class CheckpointRotation(Handler):
         engine, state = self.engine, self.engine.state
         self._requested = False
         step = next(iter(engine.phases.values())).optimizer_step
-        score = self._given[1] if self._given[0] == step else None  # saved again, it is the same weights' score
+        score = (
+            self._last_saved_score[1] if self._last_saved_score[0] == step else None
+        )  # saved again, it is the same weights' score
         if self._score is not None and self._score[0] == step + engine.window_is_open:
             score, self._score = self._score[1], None
-        self._given = step, score
+        self._last_saved_score = step, score
         metrics = {name: _finite(value) for name, value in state.metrics.items()}
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         entry = Entry(file_name(step, self.sharded), step, state.iteration, state.epoch, score, metrics, when)
@@ -292,20 +295,20 @@ class CheckpointRotation(Handler):
 
     def _write(self, content: dict[str, Any], entry: Entry) -> Path | None:
         """Writes, by the first process alone or by each its part, and all hear what has come of it."""
-        if is_writer():
+        if is_main_process():
             content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
         if self.sharded:
             self.writer.save = self._sharded_before(content, entry)
         path: Path | None = None
         error: Exception | None = None
-        if is_writer():
+        if is_main_process():
             try:
                 path = self.writer.write(content, entry)
             except OSError as failure:
                 error = failure
         text = None if error is None else str(error)
         if world_size() > 1:
-            path, text = first_ones((path, text))
+            path, text = broadcast_object((path, text))
         if error is not None:
             raise error
         if text is not None:
@@ -327,7 +330,7 @@ class CheckpointRotation(Handler):
         return tell
 
     @on(Events.EXCEPTION_RAISED)
-    def give_up(self, engine: Any, error: BaseException) -> None:
+    def on_exception(self, engine: Any, error: BaseException) -> None:
         """An exception writes nothing, but lets a save in the background end."""
         self.writer.wait()
 
@@ -354,7 +357,7 @@ class CheckpointRotation(Handler):
         if path is None:
             return None
         if path.is_dir():
-            content = load_shards(path, content, self.engine.sharded_like)
+            content = load_shards(path, content, self.engine.sharding_reference)
         try:
             self.engine.restore(content)
         except ValueError as error:
@@ -367,40 +370,40 @@ class CheckpointRotation(Handler):
         path: Path | None = None
         content: Any = None
         error: Exception | None = None
-        if is_writer():
+        if is_main_process():
             try:
                 path, content = self._chosen(which)
-            except (BadFile, OSError) as failure:
+            except (CheckpointError, OSError) as failure:
                 error = failure
-        path, text = first_ones((path, None if error is None else str(error)))
+        path, text = broadcast_object((path, None if error is None else str(error)))
         if error is not None:
             raise error
         if text is not None:
-            raise BadFile(f"rank 0 can't resume: {text}")
-        return path, content if is_writer() or path is None else read(path)
+            raise CheckpointError(f"rank 0 can't resume: {text}")
+        return path, content if is_main_process() or path is None else read(path)
 
     def _chosen(self, which: str | os.PathLike[str]) -> tuple[Path | None, Any]:
         """The checkpoint that is asked for, and what it holds."""
         if which == "best":
             if self.best is None:
-                raise BadFile(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")
+                raise CheckpointError(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")
             return self.best, read(self.best)
         if which != "auto":
             if not Path(which).exists():
-                raise BadFile(f"{which} isn't there; which must be 'auto', 'best' or the path of a checkpoint")
+                raise CheckpointError(f"{which} isn't there; which must be 'auto', 'best' or the path of a checkpoint")
             return Path(which), read(Path(which))
         passed_over: list[str] = []
         for path in self.index.newest_first():
             try:
                 content = read(path)
-            except BadFile as error:
+            except CheckpointError as error:
                 passed_over.append(str(error))
                 continue
             if passed_over:
                 warnings.warn(f"resumed from {path}; passed over: {'; '.join(passed_over)}", RuntimeWarning, stacklevel=3)
             return path, content
         if passed_over:
-            raise BadFile(f"no checkpoint in {self.folder} can be used: {'; '.join(passed_over)}")
+            raise CheckpointError(f"no checkpoint in {self.folder} can be used: {'; '.join(passed_over)}")
         return None, None
 
 
@@ -408,11 +411,11 @@ def read(path: Path) -> Any:
     """What a checkpoint holds; of a folder, what it holds beside its tensors.
 
     Raises:
-        BadFile: says what is wrong with it.
+        CheckpointError: says what is wrong with it.
     """
     content = load_manifest(path) if path.is_dir() else load_checked(path)
     if not isinstance(content, dict) or "phases" not in content:
-        raise BadFile(f"{path} is not a checkpoint of a trainer")
+        raise CheckpointError(f"{path} is not a checkpoint of a trainer")
     return content
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from camshaft.events import Events, Handler, Listener, Place, on, stop
+from camshaft.events import Events, Priority
+from camshaft.handler import Handler, Listener, on, stop
 from camshaft.metrics import MetricWatch, better, check_mode
 
 __all__ = ["EarlyStopping"]
@@ -62,8 +63,8 @@ class EarlyStopping(Handler):
     def listeners(self) -> Iterator[Listener]:
         """The end of each epoch, and of an iteration in which the score was evaluated."""
         yield from super().listeners()
-        yield Listener(Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED, self.judge, Place.JUDGE)
-        yield Listener(Events.COMPLETED, self.check_at_end, Place.SAVE + 2)
+        yield Listener(Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED, self.judge, Priority.JUDGE)
+        yield Listener(Events.COMPLETED, self.check_at_end, Priority.SAVE + 2)
 
     def _when_new(self, engine: Any, _: int) -> bool:
         return self.watch.is_new(engine)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from camshaft.events import Events, Handler, Listener, Place, split
+from camshaft.events import Events, Priority, split
+from camshaft.handler import Handler, Listener
 
 __all__ = ["EmptyCache"]
 
@@ -35,7 +36,7 @@ class EmptyCache(Handler):
     def listeners(self) -> Iterator[Listener]:
         """The events asked for."""
         for event in self.every:
-            yield Listener(event, self.empty, Place.LOG)
+            yield Listener(event, self.empty, Priority.LOG)
 
     def empty(self, engine: Any) -> None:
         """Collects and hands back; without an accelerator only the garbage is collected."""

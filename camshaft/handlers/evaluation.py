@@ -8,10 +8,11 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from camshaft.distributed import world_size
-from camshaft.events import Events, Handler, Listener, Place, on, split
-from camshaft.modules import kept_training_flags
-from camshaft.randomness import kept_rng
+from camshaft.distributed.collectives import world_size
+from camshaft.events import Events, Priority, split
+from camshaft.handler import Handler, Listener, on
+from camshaft.models import preserve_training_mode
+from camshaft.rng import preserve_rng_state
 
 __all__ = ["Evaluation"]
 
@@ -87,7 +88,7 @@ class Evaluation(Handler):
         """The events asked for, before whatever judges the results."""
         yield from super().listeners()
         for event in self.every:
-            yield Listener(event, self.evaluate, Place.EVALUATE)
+            yield Listener(event, self.evaluate, Priority.EVALUATE)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
@@ -98,7 +99,7 @@ class Evaluation(Handler):
         """Runs the evaluator and hands its metrics on."""
         modules = [phase.module for phase in getattr(engine, "phases", {}).values()]
         averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
-        with kept_training_flags(*modules), kept_rng(), averaged:
+        with preserve_training_mode(*modules), preserve_rng_state(), averaged:
             try:
                 self.evaluator.run(self.data)
             except Exception:
@@ -110,7 +111,7 @@ class Evaluation(Handler):
         for name, value in self.evaluator.state.metrics.items():
             engine.state.metrics[f"{self.prefix}/{name}"] = value
 
-    @on(Events.COMPLETED, place=Place.EVALUATE)
+    @on(Events.COMPLETED, priority=Priority.EVALUATE)
     def finish(self, engine: Any) -> None:
         """Evaluates the final weights where that hasn't been done; nothing is judged by it, for the run is over."""
         if self.evaluated_at != self._clock(engine) and engine.state.iteration > 0:

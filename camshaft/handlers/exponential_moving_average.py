@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from camshaft.distributed import is_sharded, local, split_like
-from camshaft.events import Handler, Place, StepEvents, on
-from camshaft.modules import unwrap
+from camshaft.distributed.dtensors import distribute_like, local_tensor
+from camshaft.events import Priority, StepEvents
+from camshaft.handler import Handler, on
+from camshaft.models import is_sharded, unwrap
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -76,7 +77,7 @@ class ExponentialMovingAverage(Handler):
             self.averaged = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
             self.averaged.requires_grad_(False)
 
-    @on(StepEvents.OPTIMIZER_STEP_COMPLETED, place=Place.AVERAGE)
+    @on(StepEvents.OPTIMIZER_STEP_COMPLETED, priority=Priority.AVERAGE)
     def update(self, engine: Any) -> None:
         """Takes the new weights into the average."""
         if engine.state.phase != self._phase_name:
@@ -148,10 +149,10 @@ class SplitAverage:
         weights: list[torch.Tensor] = []
         for name, value in model.state_dict().items():
             if name in trained and value.is_floating_point():
-                averages.append(local(self.state[name]))
-                weights.append(local(value))
+                averages.append(local_tensor(self.state[name]))
+                weights.append(local_tensor(value))
             elif isinstance(value, torch.Tensor):
-                local(self.state[name]).copy_(local(value))
+                local_tensor(self.state[name]).copy_(local_tensor(value))
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
         self.n_averaged += 1
@@ -160,4 +161,4 @@ class SplitAverage:
         """Goes on from an average that was saved, whole or split; every process must call it."""
         for name, own in self.state.items():
             if isinstance(own, torch.Tensor):
-                own.copy_(split_like(state[name], own))
+                own.copy_(distribute_like(state[name], own))

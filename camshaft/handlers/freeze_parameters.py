@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from camshaft.distributed import replica, world_size
-from camshaft.events import Events, Handler, StepEvents, on
-from camshaft.modules import freeze, matching, unfreeze
+from camshaft.distributed.collectives import world_size
+from camshaft.events import Events, StepEvents
+from camshaft.handler import Handler, on
+from camshaft.models import ddp_wrapper, freeze, matching, unfreeze
 
 __all__ = ["FreezeParameters"]
 
@@ -52,7 +53,7 @@ class FreezeParameters(Handler):
         self._phase = engine.phases_named(self.phase)[0]
         found = matching(self._phase.module, self.patterns)
         if world_size() > 1 and not self._phase.reduced_by_hand:
-            check_reduction(replica(self._phase.module), found)
+            check_reduction(ddp_wrapper(self._phase.module), found)
         trainable = {name for name, parameter in found.items() if parameter.requires_grad}
         freeze(self._phase.module, *self.patterns)
         self._held = tuple(sorted(trainable))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from camshaft.events import Handler
+from camshaft.handler import Handler
 
 __all__ = ["GradientAccumulation"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from camshaft.distributed import whole
-from camshaft.events import Handler, Place, StepEvents, on
-from camshaft.norms import Norms
+from camshaft.distributed.dtensors import full_tensor
+from camshaft.events import Priority, StepEvents
+from camshaft.grad_norms import Norms
+from camshaft.handler import Handler, on
 
 __all__ = ["GradientClipping"]
 
@@ -74,7 +75,7 @@ class GradientClipping(Handler):
         for phase in engine.phases_named(self.phase):
             phase.norm_order = float("inf")
 
-    @on(StepEvents.GRADIENTS_READY, place=Place.CLIP)
+    @on(StepEvents.GRADIENTS_READY, priority=Priority.CLIP)
     def clip(self, engine: Any) -> None:
         """Measures, then clips."""
         state = engine.state
@@ -88,7 +89,7 @@ class GradientClipping(Handler):
             bounds = self.max_norm, self.norm_type, self.clip_value
             norm = phase.capture.clip(bounds, lambda: self._clip(parameters))
         if state.grad_norm is None:  # another clipping may have been here before
-            state.grad_norm = whole(norm)
+            state.grad_norm = full_tensor(norm)
         if self.function is not None:
             self.function(parameters)
         phase.norms = None

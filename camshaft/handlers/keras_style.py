@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from camshaft.batches import length
-from camshaft.distributed import all_reduce, world_size
-from camshaft.events import Events, Handler, Listener, Place, StepEvents, on, pack, stop
-from camshaft.modules import unwrap
+from camshaft.distributed.collectives import all_reduce, world_size
+from camshaft.events import Events, Priority, StepEvents
+from camshaft.handler import Handler, Listener, on, stop
+from camshaft.models import unwrap
+from camshaft.pytree import num_samples
+from camshaft.serialization import pack
 
-__all__ = ["KerasStyle"]
+__all__ = ["KerasStyle", "METHODS"]
 
 METHODS = (
     "on_train_begin",
@@ -122,16 +124,16 @@ class KerasStyle(Handler):
         yield from super().listeners()
         has = self.methods
         if "on_train_batch_begin" in has:
-            yield Listener(Events.ITERATION_STARTED, self.begin_batch, Place.USER)
+            yield Listener(Events.ITERATION_STARTED, self.begin_batch, Priority.USER)
         if "on_backward_end" in has:
-            yield Listener(StepEvents.GRADIENTS_READY, self.end_backward, Place.USER)
+            yield Listener(StepEvents.GRADIENTS_READY, self.end_backward, Priority.USER)
         if "on_epoch_end" in has or "on_train_end" in has:
-            yield Listener(Events.ITERATION_COMPLETED, self.sum_losses, Place.JUDGE)
-            yield Listener(Events.EPOCH_COMPLETED, self.end_epoch, Place.JUDGE)
+            yield Listener(Events.ITERATION_COMPLETED, self.sum_losses, Priority.JUDGE)
+            yield Listener(Events.EPOCH_COMPLETED, self.end_epoch, Priority.JUDGE)
         if "on_train_batch_end" in has:
-            yield Listener(Events.ITERATION_COMPLETED, self.end_batch, Place.JUDGE)
+            yield Listener(Events.ITERATION_COMPLETED, self.end_batch, Priority.JUDGE)
         if "on_train_end" in has:
-            yield Listener(Events.COMPLETED, self.end_run, Place.JUDGE)
+            yield Listener(Events.COMPLETED, self.end_run, Priority.JUDGE)
 
     def on_attach(self, engine: Any) -> None:
         """Makes what the callback sees as its model."""
@@ -171,7 +173,7 @@ class KerasStyle(Handler):
 
     def sum_losses(self, engine: Any) -> None:
         """Adds a batch's losses to the epoch's, on the device."""
-        size = length(engine.state.batch) or 1
+        size = num_samples(engine.state.batch) or 1
         self.samples += size
         for name, value in losses_of(engine).items():
             if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
@@ -183,7 +185,7 @@ class KerasStyle(Handler):
         logs: dict[str, Any] = {}
         if self.style == "poutyne":
             now = time.perf_counter()
-            size = length(engine.state.batch)
+            size = num_samples(engine.state.batch)
             logs = {"batch": self._batch(engine), "size": size, "time": now - self._batch_ended}
             self._batch_ended = now
         self._call("on_train_batch_end", self._batch(engine), Logs(logs | losses_of(engine)))

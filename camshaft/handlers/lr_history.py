@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from camshaft.events import Events, Handler, Place, StepEvents, on
-from camshaft.rates import group_rates
+from camshaft.events import Events, Priority, StepEvents
+from camshaft.handler import Handler, on
+from camshaft.optimizers import group_rates
 
 __all__ = ["LRHistory"]
 
@@ -52,7 +53,7 @@ class LRHistory(Handler):
         if engine.state.iteration == 0:
             self._steps, self._rates = {}, {}
 
-    @on(StepEvents.OPTIMIZER_STEP_COMPLETED, place=Place.HISTORY)
+    @on(StepEvents.OPTIMIZER_STEP_COMPLETED, priority=Priority.HISTORY)
     def note(self, engine: Any) -> None:
         """Notes the rates before any schedule moves them."""
         state = engine.state

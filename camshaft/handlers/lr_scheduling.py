@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
+from camshaft.events import Events, Priority, StepEvents
+from camshaft.handler import Handler, Listener, on
 from camshaft.metrics import MetricWatch
-from camshaft.mistakes import came
+from camshaft.validation import describe_type
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["LRScheduling"]
+__all__ = ["LRScheduling", "check_every"]
 
 
 class LRScheduling(Handler):
@@ -47,7 +48,7 @@ class LRScheduling(Handler):
         for attribute in ("step", "state_dict", "load_state_dict", "optimizer"):
             if not hasattr(scheduler, attribute):
                 raise TypeError(
-                    f"scheduler must be a torch.optim.lr_scheduler, got {came(scheduler)}"
+                    f"scheduler must be a torch.optim.lr_scheduler, got {describe_type(scheduler)}"
                     + ("" if isinstance(scheduler, type) else f" without {attribute!r}")
                 )
         check_every(every)
@@ -89,13 +90,13 @@ class LRScheduling(Handler):
         yield from super().listeners()
         if self.watch is not None:
             fresh = Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED(self._when_new)
-            yield Listener(fresh, self.step_on_metric, Place.SCHEDULE_BY_METRIC)
-            yield Listener(Events.EPOCH_COMPLETED, self.step_on_late_metric, Place.SCHEDULE)
-            yield Listener(Events.COMPLETED, self.check_at_end, Place.SAVE + 2)
+            yield Listener(fresh, self.step_on_metric, Priority.SCHEDULE_BY_METRIC)
+            yield Listener(Events.EPOCH_COMPLETED, self.step_on_late_metric, Priority.SCHEDULE)
+            yield Listener(Events.COMPLETED, self.check_at_end, Priority.SAVE + 2)
         elif self.every == "epoch":
-            yield Listener(Events.EPOCH_COMPLETED, self.step, Place.SCHEDULE)
+            yield Listener(Events.EPOCH_COMPLETED, self.step, Priority.SCHEDULE)
         else:
-            yield Listener(StepEvents.OPTIMIZER_STEP_COMPLETED, self.step_in_phase, Place.SCHEDULE)
+            yield Listener(StepEvents.OPTIMIZER_STEP_COMPLETED, self.step_in_phase, Priority.SCHEDULE)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:

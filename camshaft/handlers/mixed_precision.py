@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from camshaft.events import Handler
+from camshaft.handler import Handler
 from camshaft.precision import autocast_for, dtype_of
 
 __all__ = ["MixedPrecision"]

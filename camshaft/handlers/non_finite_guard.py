@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from camshaft.distributed import world_size
-from camshaft.events import Handler, Place, StepEvents, on
-from camshaft.mistakes import listed
-from camshaft.norms import Norms
+from camshaft.distributed.collectives import world_size
+from camshaft.events import Priority, StepEvents
+from camshaft.grad_norms import Norms
+from camshaft.handler import Handler, on
+from camshaft.validation import join_names
 
 __all__ = ["NonFiniteGuard"]
 
@@ -43,7 +44,7 @@ class NonFiniteGuard(Handler):
         self._trained: list[torch.nn.Parameter] = []
         self._norms: torch.Tensor | None = None
 
-    @on(StepEvents.BACKWARD_COMPLETED, place=Place.GUARD)
+    @on(StepEvents.BACKWARD_COMPLETED, priority=Priority.GUARD)
     def note_loss(self, engine: Any) -> None:
         """Keeps the window's losses, on the device."""
         state = engine.state
@@ -51,7 +52,7 @@ class NonFiniteGuard(Handler):
             self._losses.clear()
         self._losses.append((state.iteration, state.loss))
 
-    @on(StepEvents.GRADIENTS_READY, place=Place.GUARD)
+    @on(StepEvents.GRADIENTS_READY, priority=Priority.GUARD)
     def check(self, engine: Any) -> None:
         """Asks that the step be refused where anything isn't finite."""
         phase = engine.phases[engine.state.phase]
@@ -64,7 +65,7 @@ class NonFiniteGuard(Handler):
             for overflow in phase.overflows():  # the scaler's own business
                 bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
             bad = bad | bad_gradient.to(bad.device)
-        engine.refuse_step(bad, lambda: self._refuse(engine))
+        engine.skip_step_if(bad, lambda: self._refuse(engine))
 
     def _refuse(self, engine: Any) -> None:
         if self.action == "skip":
@@ -90,4 +91,4 @@ class NonFiniteGuard(Handler):
         ]
         if not bad and world_size() > 1:
             return f"the loss or the gradient of another process is not finite in iteration {state.iteration}, {where}"
-        return f"the gradient of {listed(bad, 5)} is not finite in iteration {state.iteration}, {where}"
+        return f"the gradient of {join_names(bad, 5)} is not finite in iteration {state.iteration}, {where}"

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from camshaft.distributed import is_writer
-from camshaft.events import Events, Handler, Place, on
+from camshaft.distributed.collectives import is_main_process
+from camshaft.events import Events, Priority
+from camshaft.handler import Handler, on
 
 __all__ = ["Progress"]
 
@@ -40,12 +41,12 @@ class Progress(Handler):
             raise ValueError(f"every_seconds must be a number of at least 0, got {every_seconds!r}")
         self._tqdm, self.every_seconds, self.metrics = tqdm, every_seconds, metrics
         self.options = {"mininterval": 0.0, "leave": True, "dynamic_ncols": True} | tqdm_options
-        if not is_writer():
+        if not is_main_process():
             self.options["disable"] = True
         self.bar: Any = None
         self._next = 0.0
 
-    @on(Events.EPOCH_STARTED, place=Place.LOG)
+    @on(Events.EPOCH_STARTED, priority=Priority.LOG)
     def open(self, engine: Any, done: int = 0) -> None:
         """Begins the epoch's bar."""
         if self.bar is None:
@@ -55,7 +56,7 @@ class Progress(Handler):
             self.bar = self._tqdm(total=state.epoch_length, initial=done, desc=description, **self.options)
             self._count = done
 
-    @on(Events.ITERATION_COMPLETED, place=Place.LOG)
+    @on(Events.ITERATION_COMPLETED, priority=Priority.LOG)
     def advance(self, engine: Any) -> None:
         """Counts, and redraws where it is time."""
         if self.engine is None:  # detached inside this iteration
@@ -70,7 +71,7 @@ class Progress(Handler):
             self._next = now + self.every_seconds
             self._draw(engine.state)
 
-    @on(Events.EPOCH_COMPLETED | Events.TERMINATE | Events.COMPLETED | Events.EXCEPTION_RAISED, place=Place.LOG)
+    @on(Events.EPOCH_COMPLETED | Events.TERMINATE | Events.COMPLETED | Events.EXCEPTION_RAISED, priority=Priority.LOG)
     def close(self, engine: Any, *_: Any) -> None:
         """Draws the epoch's last state, with the metrics, and begins anew."""
         if self.bar is not None:

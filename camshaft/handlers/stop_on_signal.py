@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from camshaft.events import Events, Handler, Place, on, stop
+from camshaft.events import Events, Priority
+from camshaft.handler import Handler, on, stop
 
 __all__ = ["StopOnSignal"]
 
@@ -66,13 +67,13 @@ class StopOnSignal(Handler):
             # A signal to the whole group ends the workers too; torch would raise for that in the midst of a step.
             self._before[CHILD_ENDED] = signal.signal(CHILD_ENDED, signal.SIG_DFL)
 
-    @on(Events.ITERATION_COMPLETED, place=Place.JUDGE)
+    @on(Events.ITERATION_COMPLETED, priority=Priority.JUDGE)
     def look(self, engine: Any) -> None:
         """Ends the run where a signal has come and no window is open."""
         if self.received is not None and not getattr(engine, "window_is_open", False):
             self._stop(engine)
 
-    @on(Events.EPOCH_COMPLETED, place=Place.JUDGE)
+    @on(Events.EPOCH_COMPLETED, priority=Priority.JUDGE)
     def look_after_epoch(self, engine: Any) -> None:
         """The same after an epoch."""
         if self.received is not None:
@@ -83,7 +84,7 @@ class StopOnSignal(Handler):
         engine.exit_code = 128 + self.received
         stop(engine, engine.ending)
 
-    @on(Events.INTERRUPT, place=Place.SAVE + 1)
+    @on(Events.INTERRUPT, priority=Priority.SAVE + 1)
     def pause(self, engine: Any) -> None:
         """Stops listening until the run goes on, which fires no ``STARTED``."""
         self.leave(engine)
@@ -93,13 +94,13 @@ class StopOnSignal(Handler):
         engine.remove_event_handler(self._go_on, Events.ITERATION_STARTED)
         self.listen(engine)
 
-    @on(Events.TERMINATE, place=Place.SAVE + 1)
+    @on(Events.TERMINATE, priority=Priority.SAVE + 1)
     def leave_without_completed(self, engine: Any) -> None:
         """The end of a run whose ``COMPLETED`` was asked to be left out."""
         if engine.should_terminate == "skip_completed":
             self.leave(engine)
 
-    @on(Events.COMPLETED | Events.EXCEPTION_RAISED, place=Place.SAVE + 1)
+    @on(Events.COMPLETED | Events.EXCEPTION_RAISED, priority=Priority.SAVE + 1)
     def leave(self, engine: Any, *_: Any) -> None:
         """Last of all: stops listening and, where a signal has come, has the process exit when the run has ended."""
         self._restore()

@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from camshaft.batches import length
-from camshaft.board import CYCLE, ENDED, finished, layout
-from camshaft.distributed import agreed, all_reduce, everyones, is_writer, local, world_size
-from camshaft.events import Events, Handler, Listener, Place, StepEvents, on
+from camshaft.distributed.collectives import all_gather_object, all_reduce, all_reduce_max, is_main_process, world_size
+from camshaft.distributed.dtensors import local_tensor
+from camshaft.events import Events, Priority, StepEvents
+from camshaft.handler import Handler, Listener, on
+from camshaft.pytree import num_samples
+from camshaft.tensorboard_tags import CYCLE, ENDED, finished, layout
 
 __all__ = ["TensorBoard"]
 
-FOLD = 256
+MAX_BUFFERED_LOSSES = 256
 """So many losses are kept one by one before they are summed up on the device."""
-HOLD_SECONDS = 1.0
+FLUSH_AFTER_SECONDS = 1.0
 """Points are handed to the file together, this long after the first: to wake its thread for each costs more than the point."""
-HOLD_TENSORS = 4096
+MAX_BUFFERED_TENSORS = 4096
 """With so many tensors they are handed over at once."""
 FLUSH_SECONDS = 10
 """How old what a browser shows may be."""
@@ -104,16 +106,16 @@ class TensorBoard(Handler):
         """Gathers at each batch, writes every so many steps and whenever there are new metrics."""
         yield from super().listeners()
         at = StepEvents.OPTIMIZER_STEP_COMPLETED(every=self.every)
-        yield Listener(at, self.write_scalars, Place.HISTORY)  # before a schedule moves the rate
+        yield Listener(at, self.write_scalars, Priority.HISTORY)  # before a schedule moves the rate
         fresh = Events.ITERATION_COMPLETED(self._when_metrics_are_new) | Events.EPOCH_COMPLETED | Events.COMPLETED
-        yield Listener(fresh, self.write_metrics, Place.LOG)
+        yield Listener(fresh, self.write_metrics, Priority.LOG)
 
     def on_attach(self, engine: Any) -> None:
         """Opens the file at once where a run is under way."""
         if engine.is_running:
             self.open(engine)
 
-    @on(Events.STARTED, place=Place.LOG)
+    @on(Events.STARTED, priority=Priority.LOG)
     def open(self, engine: Any) -> None:
         """Opens the run's event file; a resumed run hides what came after the step that it goes on from."""
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -129,7 +131,7 @@ class TensorBoard(Handler):
         if not resumed:
             self._losses, self._batches = [], 0
         self._restart_clock()
-        if not is_writer():
+        if not is_main_process():
             return
         purge_step = state.optimizer_step + 1 if resumed else None
         self.writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=FLUSH_SECONDS)
@@ -141,31 +143,31 @@ class TensorBoard(Handler):
         """The rate counts the time of training alone."""
         self._since = time.perf_counter()
 
-    @on(Events.EPOCH_COMPLETED, place=Place.HISTORY)
+    @on(Events.EPOCH_COMPLETED, priority=Priority.HISTORY)
     def stop_clock(self, engine: Any) -> None:
         """Evaluation doesn't count."""
         self._seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
-        self._hand_over()
+        self._flush_points()
 
-    @on(StepEvents.BACKWARD_COMPLETED, place=Place.LOG)
+    @on(StepEvents.BACKWARD_COMPLETED, priority=Priority.LOG)
     def gather(self, engine: Any) -> None:
         """Keeps this batch's loss on the device."""
         state = engine.state
         if state.phase == self._main:
             self._losses.append(state.loss)
             self._batches += 1
-            if len(self._losses) >= FOLD:
+            if len(self._losses) >= MAX_BUFFERED_LOSSES:
                 self._losses = [torch.stack(self._losses).sum()]
-        if state.phase == engine.lead.name:
-            self._samples += length(state.batch) or 0
+        if state.phase == engine.primary.name:
+            self._samples += num_samples(state.batch) or 0
 
     def write_scalars(self, engine: Any) -> None:
         """Notes one point of each training curve, and hands the points over where it is time."""
         state = engine.state
         if state.phase != self._main:
             return
-        values: dict[str, Any] = {f"train/{name}": value for name, value in flat(state.losses)}
+        values: dict[str, Any] = {f"train/{name}": value for name, value in flatten_metrics(state.losses)}
         if state.grad_norm is not None:
             values["train/grad_norm"] = state.grad_norm
         for name in engine.phases:
@@ -174,14 +176,14 @@ class TensorBoard(Handler):
         point = Point(state.optimizer_step, time.time(), losses, self._batches, self._samples, values)
         self._losses, self._batches, self._samples = [], 0, 0
         if self._world > 1:
-            named = {f"train/{name}" for name, _ in flat(state.losses)}
+            named = {f"train/{name}" for name, _ in flatten_metrics(state.losses)}
             point = self._summed(point, named, engine.phases[state.phase].device)
         if self.writer is None:
             return
         self._points.append(point)
         self._held += len(losses) + len(values)
-        if self._held >= HOLD_TENSORS or self._seconds + time.perf_counter() - self._since >= HOLD_SECONDS:
-            self._hand_over()
+        if self._held >= MAX_BUFFERED_TENSORS or self._seconds + time.perf_counter() - self._since >= FLUSH_AFTER_SECONDS:
+            self._flush_points()
 
     def _summed(self, point: Point, named: set[str], device: torch.device) -> Point:
         """A point of all processes: losses and samples summed, named losses averaged, in one transfer from device to device.
@@ -201,12 +203,12 @@ class TensorBoard(Handler):
         values = point.values | dict(zip(names, means, strict=True))
         return point._replace(losses=losses, batches=point.batches * self._world, samples=summed[1], values=values)
 
-    def _hand_over(self) -> None:
+    def _flush_points(self) -> None:
         """Fetches the points that are held in one transfer, and writes them."""
         points, self._points, self._held = self._points, [], 0
         if not points:
             return
-        numbers = fetched([value for point in points for value in (*point.losses, point.samples, *point.values.values())])
+        numbers = to_floats([value for point in points for value in (*point.losses, point.samples, *point.values.values())])
         self._seconds += time.perf_counter() - self._since  # the host has waited for the device: this is the true rate
         rows = [[next(numbers) for _ in range(len(point.losses) + 1 + len(point.values))] for point in points]
         samples = self._samples * self._world + sum(row[len(point.losses)] for point, row in zip(points, rows, strict=True))
@@ -237,7 +239,7 @@ class TensorBoard(Handler):
         images = {} if self.images is None else self.images(engine)  # every process makes them: it may take all to run a model
         if self.writer is None:
             return
-        self._hand_over()
+        self._flush_points()
         numbers = as_numbers(state.metrics)
         self._write(numbers, state.optimizer_step)
         self._lay_out(engine, numbers)
@@ -258,11 +260,11 @@ class TensorBoard(Handler):
         for phase in engine.phases.values():
             prefix = f"{phase.name}/" if len(engine.phases) > 1 else ""
             for name, parameter in phase.module.named_parameters():
-                self.writer.add_histogram(f"{prefix}weights/{name}", local(parameter), step)
-                if parameter.grad is not None and bool(local(parameter.grad).isfinite().all()):
-                    self.writer.add_histogram(f"{prefix}gradients/{name}", local(parameter.grad), step)
+                self.writer.add_histogram(f"{prefix}weights/{name}", local_tensor(parameter), step)
+                if parameter.grad is not None and bool(local_tensor(parameter.grad).isfinite().all()):
+                    self.writer.add_histogram(f"{prefix}gradients/{name}", local_tensor(parameter.grad), step)
 
-    @on(Events.COMPLETED, place=Place.LOG + 1)
+    @on(Events.COMPLETED, priority=Priority.LOG + 1)
     def finish(self, engine: Any) -> None:
         """Writes why the run ended, and the hyper-parameters beside the final metrics, and closes the file."""
         if self.writer is None:
@@ -281,7 +283,7 @@ class TensorBoard(Handler):
         """Whatever ends the run, what has been noted is on the disk."""
         if self.writer is None:
             return
-        self._hand_over()
+        self._flush_points()
         self.writer.flush()
         if engine.should_terminate == "skip_completed":  # nothing is to come
             self._write_ending(engine)
@@ -293,7 +295,7 @@ class TensorBoard(Handler):
         self.writer.add_text(ENDED, reason if error is None else f"{type(error).__name__}: {error}", state.optimizer_step)
 
     @on(Events.EXCEPTION_RAISED)
-    def give_up(self, engine: Any, error: BaseException) -> None:
+    def on_exception(self, engine: Any, error: BaseException) -> None:
         """Writes the exception, and closes the file; a further run opens another."""
         if self.writer is not None:
             self._write_ending(engine, error)
@@ -302,7 +304,7 @@ class TensorBoard(Handler):
     def state_dict(self) -> dict[str, Any]:
         """The losses since the last point. What a checkpoint comes after is on the disk before it."""
         if self.writer is not None:
-            self._hand_over()
+            self._flush_points()
             self.writer.flush()
         return {"losses": torch.stack(self._losses) if self._losses else None, "batches": self._batches}
 
@@ -320,7 +322,7 @@ class TensorBoard(Handler):
         if self.writer is None:
             return
         try:
-            self._hand_over()
+            self._flush_points()
         finally:
             self.writer.close()
             self.writer = None
@@ -333,17 +335,17 @@ def names_of_all(names: set[str]) -> tuple[list[str], bool]:
     """
     own = sorted(names)
     print_of_own = int.from_bytes(blake2b("\n".join(own).encode(), digest_size=7).digest(), "big")
-    largest, smallest = agreed([print_of_own, -print_of_own])
+    largest, smallest = all_reduce_max([print_of_own, -print_of_own])
     if largest == -smallest:
         return own, True
-    return sorted({name for part in everyones(own) for name in part}), False
+    return sorted({name for part in all_gather_object(own) for name in part}), False
 
 
-def flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flatten_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Metrics that are numbers, and the entries of those that are vectors or mappings of numbers."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            yield from flat({f"{name}/{key}": item for key, item in value.items()})
+            yield from flatten_metrics({f"{name}/{key}": item for key, item in value.items()})
         elif isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() > 1:
             yield from ((f"{name}/{number}", item) for number, item in enumerate(value))
         elif isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
@@ -354,7 +356,7 @@ def flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             warnings.warn(f"TensorBoard: the metric {name!r} is a {type(value).__name__}, which is no number", stacklevel=2)
 
 
-def fetched(values: Sequence[Any]) -> Iterator[float]:
+def to_floats(values: Sequence[Any]) -> Iterator[float]:
     """The values as floats, in order; those on a device come in one transfer."""
     held = [value.detach() for value in values if isinstance(value, torch.Tensor)]
     if not held:
@@ -368,5 +370,5 @@ def fetched(values: Sequence[Any]) -> Iterator[float]:
 
 def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Every number in metrics by name."""
-    found = dict(flat(metrics))
-    return dict(zip(found, fetched(list(found.values())), strict=True))
+    found = dict(flatten_metrics(metrics))
+    return dict(zip(found, to_floats(list(found.values())), strict=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from camshaft.events import Events, Handler, Place, StepEvents, on, stop
+from camshaft.events import Events, Priority, StepEvents
+from camshaft.handler import Handler, on, stop
 
 __all__ = ["TimeLimit"]
 
@@ -44,13 +45,13 @@ class TimeLimit(Handler):
         """Times the steps alone, and not what lies between epochs."""
         self._last = time.monotonic()
 
-    @on(StepEvents.OPTIMIZER_STEP_COMPLETED | StepEvents.OPTIMIZER_STEP_SKIPPED, place=Place.JUDGE)
+    @on(StepEvents.OPTIMIZER_STEP_COMPLETED | StepEvents.OPTIMIZER_STEP_SKIPPED, priority=Priority.JUDGE)
     def time_step(self, engine: Any) -> None:
         """Notes how long a window takes, its data included."""
         now = time.monotonic()
         self._longest_step, self._last = max(self._longest_step, now - self._last), now
 
-    @on(Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, place=Place.JUDGE)
+    @on(Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, priority=Priority.JUDGE)
     def look(self, engine: Any) -> None:
         """Ends the run where another step and a save might not fit in, once no window is open."""
         if not engine.window_is_open and self.seconds_left < 2 * (self._longest_step + self._longest_save(engine)):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from runs_on_disk import flip, train, truncate
 
+from camshaft.checkpoints.files import save_durably
 from camshaft.cli.integrity import check_folder
-from camshaft.files import save_durably
 
 
 @pytest.fixture

@@ -335,7 +335,7 @@ def left_by_an_exception(wrap: Any) -> float:
             trainer.remove_event_handler(raise_here, Events.ITERATION_STARTED)
             trainer.state.iteration = trainer.state.epoch = 0
         trainer.run(loader(), max_epochs=2)
-        ends.append(weights(trainer.lead.module))
+        ends.append(weights(trainer.primary.module))
     return furthest(*ends)
 
 
@@ -543,7 +543,7 @@ def resumed(out: Path, stop: int, wrap: Any = wrapped, **options: Any) -> float:
     assert checkpoints.resume("auto") is not None
     again.run(loader(shuffle=True), max_epochs=2)
     assert again.state.iteration == whole.state.iteration == 14
-    return furthest(weights(whole.lead.module), weights(again.lead.module))
+    return furthest(weights(whole.primary.module), weights(again.primary.module))
 
 
 def furthest(one: Any, other: Any) -> float:
@@ -587,18 +587,18 @@ def leave_shards() -> Any:
     trainer, _ = run_of(OUT / "handed_on", fully_sharded, sharded=True)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=10), trainer.terminate)
     trainer.run(loader(shuffle=True), max_epochs=2)
-    return {"step": trainer.state.optimizer_step, **weights(trainer.lead.module)}
+    return {"step": trainer.state.optimizer_step, **weights(trainer.primary.module)}
 
 
 @scene
 def take_shards() -> Any:
     trainer, checkpoints = run_of(OUT / "handed_on", fully_sharded, sharded=True)
-    before = weights(trainer.lead.module)
+    before = weights(trainer.primary.module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoints.resume("auto")
-    taken = weights(trainer.lead.module)
-    moments = trainer.lead.optimizers[0].state_dict()["state"][0]["exp_avg"]
+    taken = weights(trainer.primary.module)
+    moments = trainer.primary.optimizers[0].state_dict()["state"][0]["exp_avg"]
     left = trainer.state.epoch_length
     state = trainer.run(loader(shuffle=True), max_epochs=2)
     return {
@@ -652,7 +652,7 @@ def a_wrapper_that_is_passed_by() -> str:
 @scene
 def a_schedule_of_one_alone() -> str:
     trainer = trainer_of(wrapped(bare()))
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.lead.optimizers[0], patience=0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.primary.optimizers[0], patience=0)
     LRScheduling(schedule, metric="score").attach(trainer)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=float(-e.state.epoch * rank())))
     return error_of(lambda: trainer.run(loader(), max_epochs=4))

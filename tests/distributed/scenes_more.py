@@ -29,8 +29,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import camshaft.distributed
-import camshaft.shards
+import camshaft.checkpoints.sharded
+import camshaft.distributed.collectives
 from camshaft import (
     R1,
     CheckpointRotation,
@@ -45,7 +45,7 @@ from camshaft import (
     load_weights,
     save_weights,
 )
-from camshaft.distributed import Failures
+from camshaft.distributed.failures import Failures
 
 
 def other() -> nn.Module:
@@ -123,7 +123,7 @@ def one_file_under_ddp() -> Any:
 @scene
 def sums_that_fail_on_one() -> Any:
     """A disk that can't read again what has been written."""
-    folder, true = OUT / "sums", camshaft.shards.checksum
+    folder, true = OUT / "sums", camshaft.checkpoints.sharded.checksum
 
     def checksum(path: Any) -> int:
         if rank() == world() - 1:
@@ -132,11 +132,11 @@ def sums_that_fail_on_one() -> Any:
 
     trainer = trainer_of(sharded())
     CheckpointRotation(folder, sharded=True).attach(trainer)
-    camshaft.shards.checksum = checksum
+    camshaft.checkpoints.sharded.checksum = checksum
     try:
         error = error_of(lambda: trainer.run(batches_of(), max_epochs=2))
     finally:
-        camshaft.shards.checksum = true
+        camshaft.checkpoints.sharded.checksum = true
     return {"error": error, "litter": sorted(path.name for path in folder.iterdir() if path.is_dir())}
 
 
@@ -208,14 +208,14 @@ def averages_of_a_split_model() -> Any:
     """Beside those under DDP; and of a run that was stopped and resumed, from shards and from a whole file."""
     found = {}
     trainer, _, ema = averaged(DistributedDataParallel, OUT / "ema-ddp", 2)
-    whole, trained, score = averages_of(ema), weights(trainer.lead.module), trainer.state.metrics["val/loss"]
+    whole, trained, score = averages_of(ema), weights(trainer.primary.module), trainer.state.metrics["val/loss"]
     for kind in ("shards", "file"):
         options = {"sharded": kind == "shards"}
         averaged(fully_shard, OUT / f"ema-{kind}", 1, **options)
         trainer, _, ema = averaged(fully_shard, OUT / f"ema-{kind}", 2, **options)
         found[kind] = {
             "gap": furthest(averages_of(ema), whole),
-            "own": furthest(weights(trainer.lead.module), trained),
+            "own": furthest(weights(trainer.primary.module), trained),
             "score": abs(trainer.state.metrics["val/loss"] - score),
         }
     ahead = furthest(whole, trained)
@@ -267,7 +267,7 @@ def frozen_under_ddp() -> Any:
 def graphs_of_several() -> Any:
     """What ``capture=True`` sets up, on a device that has no graphs."""
     trainer = trainer_of(wrapped(bare()))
-    trainer.lead.capture = SimpleNamespace(check_surroundings=lambda: None)  # type: ignore[assignment]
+    trainer.primary.capture = SimpleNamespace(check_surroundings=lambda: None)  # type: ignore[assignment]
     return error_of(lambda: trainer.run(batches_of()))
 
 
@@ -304,7 +304,7 @@ def penalised_critics() -> Any:
 def a_time_out_that_nobody_explains() -> Any:
     """The processes wait for each other in vain; then one of them hears what the other one has written down."""
     waited = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to complete")
-    camshaft.distributed.PATIENCE = 0.1
+    camshaft.distributed.collectives.SECONDS_TO_WAIT = 0.1
     failures = Failures()
     own = failures.leave(waited, "in epoch 1") if rank() == 0 else None
     shared(None)

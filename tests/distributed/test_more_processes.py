@@ -72,7 +72,7 @@ def test_weights_come_out_of_checkpoints_of_a_split_model(told):
 
 def test_weights_that_one_cannot_use_are_an_error_on_all(told):
     first, second = found(told("more"), "weights_that_cannot_be_used")
-    assert first["missing"].startswith("BadFile: rank 1 could not load the weights")
+    assert first["missing"].startswith("CheckpointError: rank 1 could not load the weights")
     assert "missing.pt isn't there" in first["missing"]
     assert "missing.pt isn't there" in second["missing"]
     assert second["no folder"].startswith("OSError: rank 0 could not write the weights")

@@ -746,7 +746,7 @@ def test_a_phase_that_there_is_not():
 
 def test_a_metric_that_the_last_evaluation_did_not_bring_either():
     trainer = trainer_of()
-    evaluator = create_evaluator(trainer.lead.module, metrics={"l": Loss(torch.nn.functional.mse_loss)})
+    evaluator = create_evaluator(trainer.primary.module, metrics={"l": Loss(torch.nn.functional.mse_loss)})
     Evaluation(evaluator, batches(1), every=Events.EPOCH_COMPLETED(every=5)).attach(trainer)
     EarlyStopping("val/loss", mode="min").attach(trainer)
     with pytest.raises(ValueError, match="no metric named 'val/loss' in the whole run; engine.state.metrics has 'val/l'"):

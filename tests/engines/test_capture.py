@@ -29,7 +29,7 @@ from camshaft import (
     on,
     seed_everything,
 )
-from camshaft.engines import recordings
+from camshaft.cudagraphs import graphs as recordings
 from camshaft.testing import assert_resumes_exactly
 
 # -- the numbers ----------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_schedules(optimizer, every):
 
 def test_a_rate_that_is_a_tensor_already():
     def prepare(trainer):
-        trainer.lead.optimizers[0].param_groups[0]["lr"] = torch.tensor(RATE)
+        trainer.primary.optimizers[0].param_groups[0]["lr"] = torch.tensor(RATE)
 
     assert_same(2, prepare=prepare)
 
@@ -151,17 +151,17 @@ def test_nobody_listens_inside_a_graph(add):
 
 
 def halve_in_place(trainer):
-    for parameter in trainer.lead.parameters():
+    for parameter in trainer.primary.parameters():
         parameter.grad.mul_(0.5)
 
 
 def halve(trainer):
-    for parameter in trainer.lead.parameters():
+    for parameter in trainer.primary.parameters():
         parameter.grad = parameter.grad * 0.5
 
 
 def drop_biases(trainer):
-    for parameter in trainer.lead.parameters():
+    for parameter in trainer.primary.parameters():
         if parameter.dim() == 1:
             parameter.grad = None
 
@@ -201,7 +201,7 @@ def test_a_non_finite_gradient_is_refused_and_forgotten():
     def prepare(trainer):
         NonFiniteGuard("skip").attach(trainer)
         trainers.append(trainer)
-        for part in trainer.lead.module:  # a running mean would keep the NaN
+        for part in trainer.primary.module:  # a running mean would keep the NaN
             part.track_running_stats = False
 
     expected, found = (run(capture, prepare=prepare, data=data) for capture in (False, True))
@@ -222,7 +222,7 @@ def test_a_hook_of_the_optimizer_is_called_at_each_step():
     calls = []
 
     def prepare(trainer):
-        trainer.lead.optimizers[0].register_step_post_hook(lambda *_: calls.append(1))
+        trainer.primary.optimizers[0].register_step_post_hook(lambda *_: calls.append(1))
 
     assert_same(1, prepare=prepare)
     assert len(calls) == 2 * 6 * 7
@@ -317,8 +317,8 @@ def test_a_loss_that_draws_on_the_host(draw):
 
 def test_a_batch_that_is_partly_elsewhere():
     trainer = trainer_of(capture=True, prepare_batch=lambda batch, **_: ((batch[0], torch.empty(2, device="meta")), batch[1]))
-    trainer.lead.objective.model_transform = None
-    trainer.lead.objective.model = lambda x: trainer.lead.module(x[0])
+    trainer.primary.objective.model_transform = None
+    trainer.primary.objective.model = lambda x: trainer.primary.module(x[0])
     with pytest.raises(ValueError, match=r"whole batch on cpu, but a tensor of shape \(2,\) is on meta"):
         trainer.run(batches(5))
 

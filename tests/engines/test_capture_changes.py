@@ -24,10 +24,10 @@ from camshaft import (
     create_trainer,
     seed_everything,
 )
-from camshaft.batches import form
-from camshaft.batches import tensors as all_tensors
-from camshaft.engines import recordings
-from camshaft.engines.capturable import known
+from camshaft.cudagraphs import graphs as recordings
+from camshaft.cudagraphs.checks import known
+from camshaft.pytree import form
+from camshaft.pytree import tensors as all_tensors
 
 # -- gradients ------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def test_parameters_whose_first_step_comes_late(optimizer):
         @trainer.on(StepEvents.GRADIENTS_READY)
         def keep_the_last_layer(engine):
             if engine.state.epoch == 1:
-                for parameter in trainer.lead.module[4].parameters():
+                for parameter in trainer.primary.module[4].parameters():
                     parameter.grad = None
 
     assert_same(2, prepare=prepare, optimizer=optimizer)
@@ -79,21 +79,21 @@ def test_a_part_of_the_model_that_nobody_trains():
 
 
 def moves_weights(trainer):
-    for parameter in trainer.lead.parameters():
+    for parameter in trainer.primary.parameters():
         parameter.data = parameter.data.clone()
 
 
 def loads_the_optimizer(trainer):
-    optimizer = trainer.lead.optimizers[0]
+    optimizer = trainer.primary.optimizers[0]
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def forgets_its_moments(trainer):
-    trainer.lead.optimizers[0].state.clear()
+    trainer.primary.optimizers[0].state.clear()
 
 
 def keeps_its_statistics(trainer):
-    trainer.lead.module[1].eval()
+    trainer.primary.module[1].eval()
 
 
 def takes_less_precision(trainer):
@@ -132,54 +132,54 @@ class Smoothing(nn.CrossEntropyLoss):
 
 
 def drops_nothing(trainer):
-    trainer.lead.module[3].p = 0.0
+    trainer.primary.module[3].p = 0.0
 
 
 def has_a_hook(trainer):
-    trainer.lead.module[2].register_forward_hook(lambda module, inputs, output: output * 0.5)
+    trainer.primary.module[2].register_forward_hook(lambda module, inputs, output: output * 0.5)
 
 
 def has_another_layer(trainer):
-    trainer.lead.module.add_module("another", nn.Softplus())
+    trainer.primary.module.add_module("another", nn.Softplus())
 
 
 def has_another_buffer(trainer):
-    trainer.lead.module[1].running_mean = torch.ones(8)
+    trainer.primary.module[1].running_mean = torch.ones(8)
 
 
 def weighs_the_classes(trainer):
-    trainer.lead.objective.part.weight = torch.tensor([0.5, 1.0, 2.0])
+    trainer.primary.objective.loss_fn.weight = torch.tensor([0.5, 1.0, 2.0])
 
 
 def smooths_the_labels(trainer):
-    trainer.lead.objective.part.label_smoothing = 0.25
+    trainer.primary.objective.loss_fn.label_smoothing = 0.25
 
 
 def squashes_otherwise(trainer):
-    trainer.lead.module[2] = nn.Tanh()
+    trainer.primary.module[2] = nn.Tanh()
 
 
 def masks_a_gradient(trainer):
-    trainer.lead.module[4].weight.register_hook(lambda gradient: gradient * 0.5)
+    trainer.primary.module[4].weight.register_hook(lambda gradient: gradient * 0.5)
 
 
 def looks_at_gradients_afterwards(trainer):
     def halve(parameter):
         parameter.grad.mul_(0.5)
 
-    trainer.lead.module[4].weight.register_post_accumulate_grad_hook(halve)
+    trainer.primary.module[4].weight.register_post_accumulate_grad_hook(halve)
 
 
 def has_another_loss(trainer):
-    trainer.lead.objective.part = nn.functional.multi_margin_loss
+    trainer.primary.objective.loss_fn = nn.functional.multi_margin_loss
 
 
 def evaluates_the_loss(trainer):
-    trainer.lead.objective.part.eval()
+    trainer.primary.objective.loss_fn.eval()
 
 
 def is_put_into_a_list(trainer):
-    trainer.lead.module[2].factors[0] = 0.5
+    trainer.primary.module[2].factors[0] = 0.5
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def is_put_into_a_list(trainer):
 )
 def test_graphs_are_made_anew_where_a_setting_has_changed_between_epochs(change):
     def prepare(trainer):
-        trainer.lead.module[2] = Scaled()
+        trainer.primary.module[2] = Scaled()
         trainer.add_event_handler(Events.EPOCH_STARTED(once=3), change)
 
     expected, found = (run(capture, prepare=prepare, loss_fn=Smoothing()) for capture in (False, True))
@@ -221,7 +221,7 @@ def test_graphs_that_are_thrown_away_over_and_over_are_warned_of():
 
 
 def test_a_network_that_is_evaluated_between_epochs_keeps_its_graphs():
-    prepare = lambda trainer: trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: trainer.lead.module.eval())  # noqa: E731
+    prepare = lambda trainer: trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: trainer.primary.module.eval())  # noqa: E731
     assert_same(2, prepare=prepare)
 
 
@@ -295,7 +295,7 @@ def test_a_checkpoint_of_a_run_without_graphs(tmp_path):
     second.run(pairs(), max_epochs=3)
     assert made.param_groups[0]["capturable"] is True
     assert TapeRecorder.made == 2
-    assert same(weights(first.lead.module), weights(second.lead.module))
+    assert same(weights(first.primary.module), weights(second.primary.module))
 
 
 # -- batches --------------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def differentiated(model, batch):
 
 
 def test_an_objective_that_differentiates_its_inputs():
-    smooth = lambda trainer: trainer.lead.module.__setitem__(2, nn.Tanh())  # noqa: E731
+    smooth = lambda trainer: trainer.primary.module.__setitem__(2, nn.Tanh())  # noqa: E731
     options = {"loss_fn": None, "compute_loss": differentiated, "prepare": smooth}
     expected, found = (run(capture, data=[{"x": x, "y": y} for x, y in pairs()], **options) for capture in (False, True))
     assert same(expected, found)
@@ -430,7 +430,7 @@ def test_a_warm_up_of_a_rate_that_is_a_number_ends_in_a_graph():
 
     def prepare(trainer):
         def warm_up(engine):
-            engine.lead.optimizers[0].param_groups[0]["lr"] = RATE * min(1.0, engine.state.iteration / 32)
+            engine.primary.optimizers[0].param_groups[0]["lr"] = RATE * min(1.0, engine.state.iteration / 32)
 
         trainer.add_event_handler(Events.ITERATION_STARTED, warm_up)
 
@@ -453,7 +453,7 @@ def test_the_weight_of_a_batch_that_failed_is_not_counted():
         trainer = create_trainer(model, sgd(model), None, capture=capture, **options)
         with pytest.raises(ZeroDivisionError):
             trainer.run(data)
-        weighed.append(trainer.lead.window.weight)
+        weighed.append(trainer.primary.window.weight)
     assert weighed == [6, 6]
 
 
@@ -472,17 +472,17 @@ def test_the_generators_of_the_host(draw):
 
 
 def weights_elsewhere(trainer):
-    for parameter in trainer.lead.parameters():
+    for parameter in trainer.primary.parameters():
         parameter.data = parameter.data * 0.75
 
 
 def gradients_elsewhere(trainer):
-    for parameter in trainer.lead.parameters():
+    for parameter in trainer.primary.parameters():
         parameter.grad.data = parameter.grad.data * 0.5
 
 
 def another_penalty(trainer):
-    sum(p.square().sum() for p in trainer.lead.parameters()).backward()
+    sum(p.square().sum() for p in trainer.primary.parameters()).backward()
 
 
 BEFORE = ("ITERATION_STARTED", "FORWARD_STARTED", "BACKWARD_COMPLETED", "OPTIMIZER_STEP_COMPLETED", "ITERATION_COMPLETED")
@@ -509,10 +509,10 @@ def test_whatever_a_handler_puts_elsewhere_counts(change, moment, steps):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_parameters_that_join_on_the_way(moment, steps):
     def grows(trainer):
-        optimizer = trainer.lead.optimizers[0]
+        optimizer = trainer.primary.optimizers[0]
         if len(optimizer.param_groups) == 1:
-            trainer.lead.module[0].requires_grad_(True)
-            optimizer.add_param_group({"params": [*trainer.lead.module[0].parameters()]})
+            trainer.primary.module[0].requires_grad_(True)
+            optimizer.add_param_group({"params": [*trainer.primary.module[0].parameters()]})
 
     def prepare(trainer):
         trainer.add_event_handler((getattr(StepEvents, moment, None) or getattr(Events, moment))(once=17), grows)

@@ -148,7 +148,7 @@ def test_the_batch_is_not_moved_where_it_is_on_the_device(monkeypatch):
 
 def test_training_mode_is_set_once():
     trainer, data = make()
-    model, calls = trainer.lead.module.eval(), []
+    model, calls = trainer.primary.module.eval(), []
     with mock.patch.object(nn.Sequential, "train", lambda self, mode=True: calls.append(1) or nn.Module.train(self, mode)):
         trainer.run(data, max_epochs=2)
     assert model.training

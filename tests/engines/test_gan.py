@@ -355,7 +355,7 @@ def test_fp16_has_a_scaler_for_each_network():
     assert scalers[0] is not scalers[1]
     trainer.run(data(12))
     assert all(phase.optimizer_step > 6 for phase in trainer.phases.values())
-    assert trainer.lead.optimizer_step + trainer.lead.skipped_steps == 12
+    assert trainer.primary.optimizer_step + trainer.primary.skipped_steps == 12
 
 
 def test_a_step_that_the_scaler_skips_gives_the_generator_no_turn():

@@ -225,7 +225,7 @@ def test_a_compiled_critic_is_differentiated_twice():
 
 
 def blog(critic, real, fake, alpha):
-    """As it is copied around: four dimensions taken for granted, and one norm over what ``view`` makes of them."""
+    """As it is copied around: four dimensions taken for agreed, and one norm over what ``view`` makes of them."""
     alpha = alpha.view(-1, 1, 1, 1)
     points = alpha * real + (1 - alpha) * fake
     points.requires_grad_(True)

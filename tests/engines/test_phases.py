@@ -82,7 +82,7 @@ def test_a_step_that_a_handler_refuses_gives_no_turn():
     @trainer.on(StepEvents.GRADIENTS_READY(phase="lead", once=2))
     def refuse(engine):
         if trainer.phases["lead"].skipped_steps == 0:
-            engine.refuse_step(torch.tensor(True))
+            engine.skip_step_if(torch.tensor(True))
 
     trainer.run(data(4))
     assert [p.optimizer_step for p in trainer.phases.values()] == [3, 3]

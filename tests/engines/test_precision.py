@@ -60,7 +60,7 @@ def test_device_without_autocast(amp):
 
 @pytest.mark.parametrize("amp", [None, "bf16", torch.bfloat16, "fp16", torch.float16])
 def test_scaler_exists_for_fp16_only(amp):
-    phase = trainer_of(amp=amp).lead
+    phase = trainer_of(amp=amp).primary
     assert (phase.scaler is not None) == (amp in ("fp16", torch.float16))
     assert (phase.autocast is None) == (amp is None)
 
@@ -144,9 +144,9 @@ def test_small_gradients_survive_fp16():
 def test_scale_halves_when_a_step_is_refused_and_doubles_after_enough_good_ones():
     model = linear()
     trainer = trainer_of(model, amp="fp16")
-    trainer.lead.scaler.set_growth_interval(3)
+    trainer.primary.scaler.set_growth_interval(3)
     trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: model.weight.grad.fill_(float("inf")))
-    scales = collect(trainer, Events.ITERATION_COMPLETED, lambda e: e.lead.scaler.get_scale())
+    scales = collect(trainer, Events.ITERATION_COMPLETED, lambda e: e.primary.scaler.get_scale())
     trainer.run([(0.01 * x, 0.01 * y) for x, y in batches(6)])
     assert scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15, 2.0**16, 2.0**16]
 
@@ -154,23 +154,23 @@ def test_scale_halves_when_a_step_is_refused_and_doubles_after_enough_good_ones(
 def test_scaler_is_updated_once_per_window():
     trainer = trainer_of(amp="fp16", accumulation_steps=2)
     trainer.run(small_batches(4))
-    assert trainer.lead.scaler.state_dict()["_growth_tracker"] == 2
+    assert trainer.primary.scaler.state_dict()["_growth_tracker"] == 2
 
 
 def test_dropped_window_leaves_the_scaler_as_it_was():
     trainer = trainer_of(amp="fp16", accumulation_steps=3, partial_window="drop")
     trainer.run(small_batches(4), max_epochs=2)
-    assert trainer.lead.scaler.state_dict()["_growth_tracker"] == trainer.state.optimizer_step == 2
-    assert trainer.lead.scaler.get_scale() == 2.0**16
+    assert trainer.primary.scaler.state_dict()["_growth_tracker"] == trainer.state.optimizer_step == 2
+    assert trainer.primary.scaler.get_scale() == 2.0**16
 
 
 def test_step_that_a_handler_refuses_lets_the_scaler_go_on():
     model = linear()
     before = weights(model)
     trainer = trainer_of(model, amp="fp16")
-    trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda: trainer.refuse_step(torch.tensor(True)))
+    trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda: trainer.skip_step_if(torch.tensor(True)))
     trainer.run(small_batches(3))
-    assert (trainer.state.skipped_steps, trainer.lead.scaler.get_scale()) == (3, 2.0**16)
+    assert (trainer.state.skipped_steps, trainer.primary.scaler.get_scale()) == (3, 2.0**16)
     assert same(weights(model), before)
 
 
@@ -196,8 +196,8 @@ def test_detaching_takes_precision_and_scaler_back():
     model, expected = linear(), linear()
     trainer = trainer_of(model)
     with MixedPrecision("fp16").attached(trainer):
-        assert trainer.lead.scaler is not None
-    assert (trainer.lead.autocast, trainer.lead.scaler) == (None, None)
+        assert trainer.primary.scaler is not None
+    assert (trainer.primary.autocast, trainer.primary.scaler) == (None, None)
     trainer.run(batches())
     trainer_of(expected).run(batches())
     assert same(weights(model), weights(expected))
@@ -208,7 +208,7 @@ def test_two_precisions_are_an_error():
     with pytest.raises(ValueError, match="phase 'model' has a precision already"):
         MixedPrecision("fp16").attach(trainer, "second")
     assert list(trainer.handlers) == ["MixedPrecision"]
-    assert trainer.lead.autocast is not None
+    assert trainer.primary.autocast is not None
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import batches, linear, same, sgd, trainer_of, weights
 
 from camshaft import GradientPenalty, Phase, StepEvents, Trainer, create_gan_trainer, create_trainer
-from camshaft.engines.gains import FEWEST, MOST, Gain, gain_of_form, measured, paired
-from camshaft.engines.speed import about_data, about_form, is_quick_at_bf16
+from camshaft.reports.speed import about_data, about_form, is_quick_at_bf16
+from camshaft.reports.timing import FEWEST, MOST, Speedup, gain_of_form, measured, paired
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FIGURE = r"measured \d+\.\d\d times as fast \(quartiles \d+\.\d\d to \d+\.\d\d\), \d+ us becomes \d+ us"
@@ -44,7 +44,7 @@ def taken(text):
 
 
 def words(advice):
-    return [item.word for item in advice if not item.is_taken]
+    return [item.suggestion for item in advice if not item.enabled]
 
 
 def picture_data(number=12):
@@ -93,7 +93,7 @@ def test_one_group_without_the_form_is_enough_to_advise_it():
 
 def test_foreach_is_what_torch_takes_by_itself_but_for_a_cpu():
     optimizer = torch.optim.RMSprop([torch.zeros(2, device="meta", requires_grad=True)])
-    assert [(advice.word, advice.is_taken) for advice in about_form(optimizer)] == [
+    assert [(advice.suggestion, advice.enabled) for advice in about_form(optimizer)] == [
         ("torch.optim.RMSprop(..., foreach=True)", True)
     ]
 
@@ -176,7 +176,7 @@ def test_channels_last_is_not_measured_where_the_objective_is_the_users():
 
 def test_channels_last_that_is_taken_is_not_advised():
     trainer = picture_trainer()
-    trainer.lead.module.to(memory_format=torch.channels_last)
+    trainer.primary.module.to(memory_format=torch.channels_last)
     assert CHANNELS_LAST in taken(said(trainer))
 
 
@@ -213,7 +213,7 @@ def test_a_compiled_network_is_not_to_be_compiled():
 def test_a_network_with_hooks_is_not_copied():
     trainer, called = picture_trainer(), []
     trainer.run(DataLoader(picture_data(), 4))
-    trainer.lead.module[0].register_forward_hook(lambda *_: called.append(1))
+    trainer.primary.module[0].register_forward_hook(lambda *_: called.append(1))
     assert "there are hooks on the network" in sentence(CHANNELS_LAST, said(trainer))
     assert called == []
 
@@ -234,7 +234,7 @@ def test_a_network_that_cannot_be_copied_is_said_to_be_so():
 def test_a_wrapped_network_is_not_measured():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4))
-    trainer.lead.module = nn.DataParallel(trainer.lead.module)
+    trainer.primary.module = nn.DataParallel(trainer.primary.module)
     assert "the network is wrapped (DataParallel)" in sentence(CHANNELS_LAST, said(trainer))
 
 
@@ -317,7 +317,7 @@ def test_anomaly_detection_is_named():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_has_settings_of_its_own():
-    trainer = trainer_of(picture_trainer().lead.module.cuda(), loss_fn=nn.functional.cross_entropy)
+    trainer = trainer_of(picture_trainer().primary.module.cuda(), loss_fn=nn.functional.cross_entropy)
     trainer.run(DataLoader(picture_data(), 4))
     text = said(trainer)
     assert all(word in text for word in ("torch.backends.cudnn.benchmark = True", "pin_memory=True", "Prefetch"))
@@ -345,7 +345,7 @@ def test_a_network_is_measured_in_the_others_turn_too():
     trainer.on(StepEvents.FORWARD_COMPLETED(phase="generator", once=1))(lambda engine: texts.append(said(engine)))
     trainer.run([torch.randn(3, 2)] * 2)
     assert re.search(rf"discriminator: Adam steps 2 tensors on cpu without it; {FIGURE}", texts[0])
-    assert all(parameter.requires_grad for parameter in trainer.lead.module.parameters())
+    assert all(parameter.requires_grad for parameter in trainer.primary.module.parameters())
 
 
 def test_a_network_whose_gradient_is_penalised_is_not_to_be_compiled():
@@ -452,11 +452,11 @@ def test_it_can_be_asked_in_inference_mode():
     [((1.2, 1.5, 1.9), True), ((0.9, 1.5, 1.9), False), ((1.01, 1.02, 1.03), False), ((0.4, 0.5, 0.6), False)],
 )
 def test_a_gain_within_the_noise_is_none(quartiles, worth):
-    assert Gain(*quartiles, before=2e-4, after=1e-4).is_worth_it is worth
+    assert Speedup(*quartiles, before=2e-4, after=1e-4).is_worth_it is worth
 
 
 def test_a_gain_as_text():
-    text = str(Gain(1.5, 2.0, 2.25, before=2e-4, after=1e-4))
+    text = str(Speedup(1.5, 2.0, 2.25, before=2e-4, after=1e-4))
     assert text == "measured 2.00 times as fast (quartiles 1.50 to 2.25), 200 us becomes 100 us"
 
 

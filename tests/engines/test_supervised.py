@@ -358,7 +358,7 @@ def test_loss_and_output_are_undivided_under_accumulation(amp, loss_weight):
     after = collect(trainer, StepEvents.BACKWARD_COMPLETED, lambda e: e.state.loss)
     outputs = collect(trainer, Events.ITERATION_COMPLETED, lambda e: e.state.output)
     trainer.run(batches())
-    with torch.autocast("cpu", trainer.lead.autocast.fast_dtype if amp else torch.bfloat16, enabled=amp is not None):
+    with torch.autocast("cpu", trainer.primary.autocast.fast_dtype if amp else torch.bfloat16, enabled=amp is not None):
         expected = [mse_loss(linear()(x), y).detach() for x, y in batches()]
     assert same(before, expected)
     assert same(after, expected)
@@ -473,7 +473,7 @@ def test_argument_attaches_the_very_handler(kind):
     assert short.explain() == long.explain()
     short.run(batches(5))
     long.run(batches(5))
-    assert same(weights(short.lead.module), weights(long.lead.module))
+    assert same(weights(short.primary.module), weights(long.primary.module))
 
 
 @pytest.mark.parametrize("every", ["step", "epoch"])

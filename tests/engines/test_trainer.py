@@ -465,7 +465,7 @@ def test_a_window_never_crosses_an_epochs_end():
 def test_a_refused_step_moves_no_weights_and_the_next_one_is_as_if_it_had_not_been():
     trainer = trainer_of()
     refuse = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
-    trainer.add_event_handler(refuse, lambda e: e.refuse_step(torch.tensor(True)))
+    trainer.add_event_handler(refuse, lambda e: e.skip_step_if(torch.tensor(True)))
     trainer.run(batches(3))
     data = batches(3)
     assert same(weights(model_of(trainer)), weights(hand_losses([data[0], data[2]])[1]))
@@ -477,8 +477,8 @@ def test_one_true_flag_among_several_refuses_and_calls_its_own_function():
 
     @trainer.on(StepEvents.GRADIENTS_READY)
     def ask(engine):
-        engine.refuse_step(torch.tensor(False), lambda: called.append("false"))
-        engine.refuse_step(torch.tensor(engine.state.iteration == 1), lambda: called.append("true"))
+        engine.skip_step_if(torch.tensor(False), lambda: called.append("false"))
+        engine.skip_step_if(torch.tensor(engine.state.iteration == 1), lambda: called.append("true"))
 
     trainer.run(batches(2))
     assert called == ["true"]
@@ -487,7 +487,7 @@ def test_one_true_flag_among_several_refuses_and_calls_its_own_function():
 
 def test_a_step_may_be_refused_for_its_norm_at_gradients_clipped():
     trainer = trainer_of(clip_grad_norm=1.0)
-    trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda e: e.refuse_step(e.state.grad_norm > 0))
+    trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda e: e.skip_step_if(e.state.grad_norm > 0))
     assert trainer.run(batches(3)).skipped_steps == 3
 
 
@@ -511,7 +511,7 @@ def test_a_run_whose_windows_were_all_dropped_is_an_error():
 
 def test_a_run_whose_steps_were_all_skipped_is_none():
     trainer = trainer_of()
-    trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda e: e.refuse_step(torch.tensor(True)))
+    trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda e: e.skip_step_if(torch.tensor(True)))
     assert trainer.run(batches(3)).skipped_steps == 3
 
 

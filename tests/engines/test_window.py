@@ -26,8 +26,8 @@ def gather(window, losses, data):
     """The shares of some batches, as the step takes them."""
     shares = []
     for loss, batch in zip(losses, data, strict=True):
-        weight = window.weigh(batch)
-        shares.append(float(window.share(torch.tensor(loss, dtype=torch.float64), weight)))
+        weight = window.batch_weight(batch)
+        shares.append(float(window.scale_loss(torch.tensor(loss, dtype=torch.float64), weight)))
         window.count(weight)
     return shares
 
@@ -100,14 +100,14 @@ def test_single_batch_of_a_weighted_window_has_its_plain_gradient():
 
 def test_loss_of_a_window_of_one_is_handed_on_as_it_is():
     loss = torch.tensor(3.0)
-    assert window_of(1).share(loss, None) is loss
+    assert window_of(1).scale_loss(loss, None) is loss
 
 
 @pytest.mark.parametrize(
     ("steps", "loss_weight", "plain"), [(1, "batch", True), (2, "batch", False), (1, "samples", False), (1, len, False)]
 )
 def test_window_is_plain_where_every_batch_is_a_step(steps, loss_weight, plain):
-    assert window_of(steps, loss_weight).plain is plain
+    assert window_of(steps, loss_weight).is_single_batch is plain
 
 
 @dataclass
@@ -130,18 +130,18 @@ class Sentences:
     ids=["tensor", "pair", "nested", "dict", "dataclass", "scalar first", "none first"],
 )
 def test_samples_are_the_length_of_the_first_tensor(batch, samples):
-    assert window_of(2, "samples").weigh(batch) == samples
+    assert window_of(2, "samples").batch_weight(batch) == samples
 
 
 @pytest.mark.parametrize("batch", [None, ("a", "b"), torch.tensor(1.0), {}])
 def test_batch_without_samples(batch):
     with pytest.raises(TypeError, match="loss_weight='samples' needs a tensor with a length"):
-        window_of(2, "samples").weigh(batch)
+        window_of(2, "samples").batch_weight(batch)
 
 
 @pytest.mark.parametrize("weight", [3, 2.5, 0, torch.tensor(4), torch.tensor([4.0])])
 def test_weight_is_a_number_on_the_host(weight):
-    weighed = window_of(2, lambda batch: weight).weigh(None)
+    weighed = window_of(2, lambda batch: weight).batch_weight(None)
     assert weighed == float(weight)
     assert isinstance(weighed, (int, float))
 
@@ -152,7 +152,7 @@ def test_weight_that_is_none(weight):
         return weight
 
     with pytest.raises(ValueError, match=r"loss_weight \(.*tokens\) must give a finite number of at least 0"):
-        window_of(2, tokens).weigh(None)
+        window_of(2, tokens).batch_weight(None)
 
 
 def test_window_of_no_weight_has_no_mean():
@@ -168,7 +168,7 @@ def test_open_window_ends_as_it_began():
     window.configure(2, "samples")
     assert (window.length, window.steps, window.settings[0]) == (4, 4, 2)
     assert gather(window, [8.0], [of_size(3)]) == [2.0]
-    window.close()
+    window.reset()
     window.open(INFINITE)
     assert (window.length, window.loss_weight) == (2, "samples")
 
@@ -176,7 +176,7 @@ def test_open_window_ends_as_it_began():
 def test_weights_do_not_outlive_their_window():
     window = window_of(2, "samples")
     gather(window, [4.0, 8.0], [of_size(1), of_size(5)])
-    window.close()
+    window.reset()
     assert (window.batches, window.weight) == (0, 0.0)
 
 

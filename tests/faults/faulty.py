@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from camshaft import CheckpointRotation, Events, Handler, LRHistory, Place, create_trainer
-from camshaft.files import load_checked
+from camshaft import CheckpointRotation, Events, Handler, LRHistory, Priority, create_trainer
+from camshaft.checkpoints.files import load_checked
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["camshaft", "pytest", "torch.utils.tensorboard", "torch._dynamo"])
@@ -36,9 +36,10 @@ class Ledger(Handler):
         self.steps = []
 
     def listeners(self):
-        from camshaft.events import Listener, StepEvents
+        from camshaft.events import StepEvents
+        from camshaft.handler import Listener
 
-        yield Listener(StepEvents.OPTIMIZER_STEP_COMPLETED, self.note, Place.USER)
+        yield Listener(StepEvents.OPTIMIZER_STEP_COMPLETED, self.note, Priority.USER)
 
     def note(self, engine):
         self.steps.append(engine.state.optimizer_step)
@@ -77,11 +78,11 @@ def train(trainer, steps):
 
 def assert_of_one_step(trainer):
     """Weights, optimizers, clocks and handlers are all of the same step, which is returned."""
-    step, model = trainer.state.optimizer_step, trainer.lead.module
+    step, model = trainer.state.optimizer_step, trainer.primary.module
     assert trainer.state.iteration == step
     for weight in (model.first, model.bulk, model.last):
         assert torch.equal(weight, torch.full_like(weight, step))
-    assert int(trainer.lead.optimizers[1].state[model.other]["step"]) == step
+    assert int(trainer.primary.optimizers[1].state[model.other]["step"]) == step
     assert trainer.handlers["Ledger"].steps == list(range(1, step + 1))
     assert [at for at, _ in trainer.handlers["LRHistory"].history["lr/0"]] == list(range(1, step + 1))
     return step
@@ -182,5 +183,5 @@ def save_for_ever(report, folder, temporary=None, steps=100_000, **options):
         if rotation.last is not None:
             report(int(rotation.last.stem.removeprefix("step-")))
 
-    trainer.add_event_handler_at(Place.SAVE + 1, Events.ITERATION_COMPLETED, tell)
+    trainer.add_event_handler_at(Priority.SAVE + 1, Events.ITERATION_COMPLETED, tell)
     train(trainer, steps)

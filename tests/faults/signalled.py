@@ -17,7 +17,7 @@ from camshaft import (
     Evaluation,
     Events,
     LRHistory,
-    Place,
+    Priority,
     StopOnSignal,
     TensorBoard,
     create_evaluator,
@@ -73,7 +73,9 @@ def train_slowly(report, folder, *, hang=None, pause=0.03, **options):
         evaluator.add_event_handler(
             Events.ITERATION_COMPLETED, lambda: (report(IN_EVALUATION + trainer.state.iteration), time.sleep(pause))
         )
-    trainer.add_event_handler_at(Place.USER, Events.COMPLETED, lambda engine: report(COMPLETED + engine.state.optimizer_step))
+    trainer.add_event_handler_at(
+        Priority.USER, Events.COMPLETED, lambda engine: report(COMPLETED + engine.state.optimizer_step)
+    )
     rotation.resume("auto")
     run()
 

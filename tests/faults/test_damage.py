@@ -9,7 +9,7 @@ import torch
 from faulty import assert_of_one_step, counting_run, train
 
 from camshaft import Events
-from camshaft.files import BadFile, load_checked, save_durably
+from camshaft.checkpoints.files import CheckpointError, load_checked, save_durably
 
 NEWEST = "step-00000003.pt"
 
@@ -52,7 +52,7 @@ def some_bits(content, number=200):
 def assert_falls_back(folder, reason):
     """``resume("auto")`` takes step 2 and names the newest and why; asked for by its path, the newest raises."""
     trainer, rotation = scored_run(folder)
-    with pytest.raises(BadFile, match=f"{NEWEST}.*{reason}"):
+    with pytest.raises(CheckpointError, match=f"{NEWEST}.*{reason}"):
         rotation.resume(folder / NEWEST)
     assert trainer.state.iteration == 0
     with pytest.warns(RuntimeWarning, match=f"passed over: .*{NEWEST}.*{reason}"):
@@ -79,7 +79,7 @@ def test_no_truncated_file_loads(folder, part):
 @pytest.mark.parametrize("cut", range(1, 34))
 def test_no_file_without_its_last_bytes_loads(trained, tmp_path, cut):
     (tmp_path / NEWEST).write_bytes((trained / NEWEST).read_bytes()[:-cut])
-    with pytest.raises(BadFile, match="damaged"):
+    with pytest.raises(CheckpointError, match="damaged"):
         load_checked(tmp_path / NEWEST)
 
 
@@ -126,7 +126,7 @@ def test_a_whole_file_of_something_else_is_named(folder):
 def test_all_files_bad_is_an_error_that_names_each(folder):
     for path in folder.glob("step-*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadFile, match=r"no checkpoint in .* can be used: .*00000003.*00000002.*00000001"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*00000003.*00000002.*00000001"):
         scored_run(folder)[1].resume("auto")
 
 
@@ -136,7 +136,7 @@ def test_all_files_bad_is_an_error_without_an_index_too(folder, index):
         path.write_bytes(b"")
     if index == "lost":
         (folder / "checkpoints.json").unlink()
-    with pytest.raises(BadFile, match="no checkpoint in .* can be used"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used"):
         scored_run(folder)[1].resume("auto")
 
 
@@ -157,7 +157,7 @@ def damage(path):
 def test_the_best_never_falls_back(folder, harm):
     harm(folder / "step-00000002.pt")
     trainer, rotation = scored_run(folder)
-    with pytest.raises(BadFile, match=r"step-00000002\.pt"):
+    with pytest.raises(CheckpointError, match=r"step-00000002\.pt"):
         rotation.resume("best")
     assert trainer.state.iteration == 0
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from faulty import counting_run, train
 
-from camshaft.files import BadFile, load_checked, save_durably
+from camshaft.checkpoints.files import CheckpointError, load_checked, save_durably
 
 
 class Evil:
@@ -57,7 +57,9 @@ def test_nothing_runs_in_the_place_of_any_entry(saved, tmp_path):
     for path in tried:
         save_durably(replaced(content, path, Evil(marker)), saved)
         trainer, rotation = counting_run(saved.parent)
-        with pytest.raises(BadFile, match=r"step-00000001\.pt holds more than tensors and plain values, and was not loaded"):
+        with pytest.raises(
+            CheckpointError, match=r"step-00000001\.pt holds more than tensors and plain values, and was not loaded"
+        ):
             rotation.resume(saved)
         assert not marker.exists(), f"the code in {path} ran"
         assert trainer.state.iteration == 0
@@ -65,14 +67,14 @@ def test_nothing_runs_in_the_place_of_any_entry(saved, tmp_path):
 
 def test_nothing_runs_in_the_place_of_a_key(saved, tmp_path):
     save_durably(load_checked(saved) | {Evil(tmp_path / "ran"): 1}, saved)
-    with pytest.raises(BadFile, match="holds more than tensors and plain values"):
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
         counting_run(saved.parent)[1].resume(saved)
     assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_runs_when_the_whole_file_is_a_pickle(saved, tmp_path):
     saved.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    with pytest.raises(BadFile, match="damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
         counting_run(saved.parent)[1].resume(saved)
     assert not (tmp_path / "ran").exists()
 
@@ -84,7 +86,7 @@ def test_nothing_runs_when_the_pickle_inside_is_exchanged(saved, tmp_path):
         for name, content in entries.items():
             archive.writestr(name, pickle.dumps(Evil(tmp_path / "ran")) if name.endswith("data.pkl") else content)
         archive.comment = comment
-    with pytest.raises(BadFile, match="don't match its checksum"):
+    with pytest.raises(CheckpointError, match="don't match its checksum"):
         counting_run(saved.parent)[1].resume(saved)
     assert not (tmp_path / "ran").exists()
 
@@ -92,6 +94,6 @@ def test_nothing_runs_when_the_pickle_inside_is_exchanged(saved, tmp_path):
 def test_nothing_runs_when_the_index_is_made_from_the_files(saved, tmp_path):
     save_durably(load_checked(saved) | {"rotation": Evil(tmp_path / "ran")}, saved)
     (saved.parent / "checkpoints.json").unlink()
-    with pytest.raises(BadFile, match="no checkpoint in .* can be used: .*holds more than tensors"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: .*holds more than tensors"):
         counting_run(saved.parent)[1].resume("auto")
     assert not (tmp_path / "ran").exists()

@@ -6,8 +6,8 @@ import pytest
 from faulty import Child
 from signalled import BATCHES, EPOCHS, assert_goes_on_exactly, make_run
 
-from camshaft import Events, Place, StepEvents
-from camshaft.files import load_checked
+from camshaft import Events, Priority, StepEvents
+from camshaft.checkpoints.files import load_checked
 
 STOPS = [3, 8, BATCHES - 1, BATCHES, BATCHES + 1, 2 * BATCHES + 5, BATCHES * EPOCHS - 1]
 OFTEN = Events.ITERATION_COMPLETED(every=2)
@@ -16,7 +16,7 @@ OFTEN = Events.ITERATION_COMPLETED(every=2)
 def exit_hard(report, folder, iteration):
     """Leaves without a word once the requests of an iteration have been met."""
     trainer, _, _, run = make_run(folder, every=OFTEN)
-    trainer.add_event_handler_at(Place.SAVE + 1, Events.ITERATION_COMPLETED(once=iteration), lambda: os._exit(9))
+    trainer.add_event_handler_at(Priority.SAVE + 1, Events.ITERATION_COMPLETED(once=iteration), lambda: os._exit(9))
     run()
 
 

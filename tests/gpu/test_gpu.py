@@ -229,7 +229,7 @@ def captured(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **
 def test_a_captured_step_gives_the_same_bits(amp, window):
     (expected, _), (found, trainer) = (captured(c, on_device(), amp=amp, accumulation_steps=window) for c in (False, True))
     assert differing(expected, found) == set()
-    assert trainer.lead.capture._surroundings, "nothing was recorded"
+    assert trainer.primary.capture._surroundings, "nothing was recorded"
 
 
 @pytest.mark.parametrize("made", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])

@@ -449,7 +449,7 @@ def shuffled():
 def ending(trainer):
     """Everything that a run leaves, comparable."""
     ema, history = trainer.handlers["ExponentialMovingAverage"], trainer.handlers["LRHistory"]
-    momenta = [value for state in trainer.lead.optimizers[0].state.values() for value in state.values()]
+    momenta = [value for state in trainer.primary.optimizers[0].state.values() for value in state.values()]
     stopping = trainer.handlers["EarlyStopping"]
     return weights(model_of(trainer)) + weights(ema.module) + momenta, history.history, (stopping.best, stopping.stale)
 
@@ -524,7 +524,7 @@ def test_a_resumed_run_that_is_finished_does_nothing_and_says_so(limit, said, tm
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_without_limits_a_resumed_trainer_makes_a_run_of_its_own_from_its_weights(limit, asked_before, tmp_path):
     fresh = resumed(tmp_path, **limit)
-    model, expected = fresh.lead.module, copy.deepcopy(fresh.lead.module)
+    model, expected = fresh.primary.module, copy.deepcopy(fresh.primary.module)
     if asked_before:
         fresh.run(batches(3), **limit)
     fresh.state.max_epochs = fresh.state.max_iters = None

@@ -34,7 +34,7 @@ def test_only_completed_steps_count():
     trainer = trainer_of()
     ema = ExponentialMovingAverage(0.5).attach(trainer)
     second = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
-    trainer.add_event_handler(second, lambda e: e.refuse_step(torch.tensor(True)))
+    trainer.add_event_handler(second, lambda e: e.skip_step_if(torch.tensor(True)))
     trainer.run(batches(3))
     data = batches(3)
     torch.testing.assert_close(weights(ema.module), by_hand([data[0], data[2]], 0.5), rtol=1e-6, atol=1e-7)

@@ -84,10 +84,10 @@ def test_a_change_takes_effect_with_the_next_window():
 
 def test_detaching_sets_the_window_back():
     trainer = trainer_of(accumulation_steps=2)
-    before = trainer.lead.window.settings
+    before = trainer.primary.window.settings
     with GradientAccumulation(5, loss_weight="samples", partial_window="drop").attached(trainer, "other"):
-        assert trainer.lead.window.settings == (5, "samples", "drop")
-    assert trainer.lead.window.settings == before
+        assert trainer.primary.window.settings == (5, "samples", "drop")
+    assert trainer.primary.window.settings == before
 
 
 def test_batches_that_weigh_nothing_are_an_error_that_says_so():

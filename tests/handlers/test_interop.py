@@ -179,21 +179,21 @@ def test_a_running_average_of_the_loss_is_the_one_by_hand():
 
 def test_piecewise_linear_counts_the_optimizer_steps_of_its_event():
     trainer = trainer_of(accumulation_steps=2)
-    schedule = PiecewiseLinear(trainer.lead.optimizers[0], "lr", milestones_values=[(0, 0.0), (2, 1.0), (4, 0.0)])
+    schedule = PiecewiseLinear(trainer.primary.optimizers[0], "lr", milestones_values=[(0, 0.0), (2, 1.0), (4, 0.0)])
     trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_STARTED, schedule)
     assert rates(trainer) == [0.0, 0.5, 1.0, 0.5]
 
 
 def test_ignites_wrapper_of_a_torch_schedule_steps_after_the_step():
     trainer = trainer_of(accumulation_steps=2)
-    schedule = ignite.handlers.LRScheduler(lr_scheduler.ExponentialLR(trainer.lead.optimizers[0], 0.5))
+    schedule = ignite.handlers.LRScheduler(lr_scheduler.ExponentialLR(trainer.primary.optimizers[0], 0.5))
     trainer.add_event_handler(STEP, schedule)
     assert rates(trainer) == [0.1, 0.05, 0.025, 0.0125]
 
 
 def test_a_warm_up_of_ignite_before_a_torch_schedule():
     trainer = trainer_of(accumulation_steps=2)
-    after = lr_scheduler.ExponentialLR(trainer.lead.optimizers[0], 0.5)
+    after = lr_scheduler.ExponentialLR(trainer.primary.optimizers[0], 0.5)
     schedule = create_lr_scheduler_with_warmup(after, warmup_start_value=0.0, warmup_duration=2)
     trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_STARTED, schedule)
     assert rates(trainer) == [0.0, 0.1, 0.05, 0.025]
@@ -240,7 +240,7 @@ def test_the_tensorboard_logger_writes_the_metrics_of_an_evaluation(tmp_path):
 
 def test_its_handlers_at_a_steps_events_write_what_the_step_used(tmp_path):
     trainer = trainer_of(accumulation_steps=2)
-    optimizer = trainer.lead.optimizers[0]
+    optimizer = trainer.primary.optimizers[0]
     LRScheduling(lr_scheduler.ExponentialLR(optimizer, 0.5)).attach(trainer)
     with TensorboardLogger(log_dir=tmp_path) as logger:
         trainer.add_event_handler(STEP, OptimizerParamsHandler(optimizer), logger, STEP)

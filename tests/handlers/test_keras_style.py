@@ -312,7 +312,7 @@ def test_its_model_has_what_keras_and_poutyne_have_and_is_the_network_otherwise(
     trainer = trainer_of()
     model, network = recorded(trainer, metrics_names=["accuracy"]).model, model_of(trainer)
     assert model.network is network
-    assert model.optimizer is trainer.lead.optimizers[0]
+    assert model.optimizer is trainer.primary.optimizers[0]
     assert (model.device, model.metrics_names, model.stop_training) == (torch.device("cpu"), ["accuracy"], False)
     assert model.weight is network.weight
     assert torch.equal(model(torch.ones(1, 3)), network(torch.ones(1, 3)))
@@ -478,7 +478,7 @@ def test_poutynes_schedule_goes_on_after_a_resume(tmp_path):
         KerasStyle(from_poutyne("ExponentialLR")(gamma=0.5)).attach(trainer)
         CheckpointRotation(tmp_path).attach(trainer).resume()
         trainer.run(batches(2), max_epochs=epochs)
-        return trainer.lead.optimizers[0].param_groups[0]["lr"]
+        return trainer.primary.optimizers[0].param_groups[0]["lr"]
 
     assert [trained(1), trained(3)] == [0.05, 0.0125]
 

@@ -31,7 +31,9 @@ def test_groups_go_by_their_name_or_number():
 def test_a_skipped_step_is_not_noted():
     trainer = trainer_of()
     history = LRHistory().attach(trainer)
-    trainer.add_event_handler(StepEvents.GRADIENTS_READY(once=2), lambda e: e.refuse_step(torch.tensor(e.state.iteration == 2)))
+    trainer.add_event_handler(
+        StepEvents.GRADIENTS_READY(once=2), lambda e: e.skip_step_if(torch.tensor(e.state.iteration == 2))
+    )
     trainer.run(batches(3))
     assert history.history["lr"] == [(1, 0.1), (2, 0.1)]
 
@@ -42,7 +44,7 @@ def test_a_rate_that_the_user_sets_is_noted_as_it_was():
 
     @trainer.on(StepEvents.OPTIMIZER_STEP_STARTED(once=2))
     def change(engine):
-        engine.lead.optimizers[0].param_groups[0]["lr"] = 0.3
+        engine.primary.optimizers[0].param_groups[0]["lr"] = 0.3
 
     trainer.run(batches(3))
     assert history.history["lr"] == [(1, 0.1), (2, 0.3), (3, 0.3)]

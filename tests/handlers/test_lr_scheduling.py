@@ -72,7 +72,7 @@ def test_it_steps_once_per_window():
 def test_a_skipped_step_moves_no_schedule():
     trainer, history = set_up(SCHEDULERS["LambdaLR"])
     second = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
-    trainer.add_event_handler(second, lambda e: e.refuse_step(torch.tensor(True)))
+    trainer.add_event_handler(second, lambda e: e.skip_step_if(torch.tensor(True)))
     trainer.run(batches(4))
     assert rates(history) == by_hand(SCHEDULERS["LambdaLR"], [3], True)
 
@@ -185,7 +185,7 @@ def test_a_metric_of_ignites_on_the_trainer_is_followed_in_its_own_epoch():
     trainer = trainer_of()
     Average().attach(trainer, "loss")
     seen = []
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.lead.optimizers[0])
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.primary.optimizers[0])
     plateau.step = seen.append
     LRScheduling(plateau, metric="loss").attach(trainer)
     means = []

@@ -206,12 +206,12 @@ def test_sparse_gradients_and_parameters_without_entries_are_looked_at_too(scale
 
 def test_under_fp16_a_gradient_that_a_handler_spoils_after_unscaling_is_seen():
     trainer = trainer_of(amp="fp16")
-    trainer.lead.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # no overflow to hide it
+    trainer.primary.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # no overflow to hide it
     NonFiniteGuard("raise").attach(trainer)
     trainer.add_event_handler(StepEvents.GRADIENTS_READY(once=2), lambda e: model_of(e).weight.grad.fill_(NAN))
     with pytest.raises(FloatingPointError, match="the gradient of weight is not finite in iteration 2"):
         trainer.run(batches(3))
-    assert all(p.isfinite().all() for p in trainer.lead.parameters())
+    assert all(p.isfinite().all() for p in trainer.primary.parameters())
 
 
 # -- beside a clipping ----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_the_norms_are_taken_once_for_both(norms_taken, order):
 
 def test_a_gradient_that_changes_between_them_is_measured_again(norms_taken):
     def halve(trainer):
-        between = lambda: [p.grad.mul_(0.5) for p in trainer.lead.parameters()]  # noqa: E731
+        between = lambda: [p.grad.mul_(0.5) for p in trainer.primary.parameters()]  # noqa: E731
         trainer.add_event_handler_at(15, StepEvents.GRADIENTS_READY, between)
 
     assert same(clipped(guarded=True, prepare=halve), clipped(guarded=False, prepare=halve))
@@ -301,8 +301,8 @@ def test_no_gradient_outlives_its_step():
     trainer, gradients = trainer_of(clip_grad_norm=0.5), []
     NonFiniteGuard().attach(trainer)
     trainer.add_event_handler(
-        StepEvents.OPTIMIZER_STEP_STARTED, lambda: gradients.extend(weakref.ref(p.grad) for p in trainer.lead.parameters())
+        StepEvents.OPTIMIZER_STEP_STARTED, lambda: gradients.extend(weakref.ref(p.grad) for p in trainer.primary.parameters())
     )
     trainer.run(batches(3))
-    trainer.lead.zero_grad()
+    trainer.primary.zero_grad()
     assert [gradient() for gradient in gradients] == [None] * 6

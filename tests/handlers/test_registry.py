@@ -31,7 +31,7 @@ from camshaft.handlers import (
 
 
 def schedule(trainer):
-    return torch.optim.lr_scheduler.ExponentialLR(trainer.lead.optimizers[0], 0.5)
+    return torch.optim.lr_scheduler.ExponentialLR(trainer.primary.optimizers[0], 0.5)
 
 
 class EpochCounter:
@@ -87,7 +87,7 @@ def prepared(name, folder):
 
 
 def ending(trainer):
-    return weights(model_of(trainer)), trainer.state.optimizer_step, trainer.lead.optimizers[0].param_groups[0]["lr"]
+    return weights(model_of(trainer)), trainer.state.optimizer_step, trainer.primary.optimizers[0].param_groups[0]["lr"]
 
 
 def comparable(value):
@@ -116,12 +116,12 @@ def test_a_run_in_two_halves_ends_like_a_whole_one(name, tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
     trainer = trainer_of()
-    before, text = trainer.lead.window.settings, trainer.explain()
+    before, text = trainer.primary.window.settings, trainer.explain()
     handler = MAKERS[name](trainer, tmp_path).attach(trainer)
     assert handler.engine is trainer
     handler.detach()
     assert (handler.engine, trainer.handlers, trainer.explain()) == (None, {}, text)
-    assert (trainer.lead.window.settings, trainer.lead.autocast, trainer.lead.scaler) == (before, None, None)
+    assert (trainer.primary.window.settings, trainer.primary.autocast, trainer.primary.scaler) == (before, None, None)
     assert all(parameter.requires_grad for parameter in model_of(trainer).parameters())
 
 

@@ -322,7 +322,7 @@ def test_a_step_that_was_skipped_makes_no_point(tmp_path):
     trainer = trainer_of()
     TensorBoard(tmp_path, every=1).attach(trainer)
     second = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
-    trainer.add_event_handler(second, lambda e: e.refuse_step(torch.tensor(True)))
+    trainer.add_event_handler(second, lambda e: e.skip_step_if(torch.tensor(True)))
     trainer.run(batches(3))
     assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2]
 

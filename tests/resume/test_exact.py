@@ -136,7 +136,7 @@ def test_a_difference_is_named():
         trainer, run = make_small(folder, data=partial(DataLoader, Noisy(36), batch_size=4, shuffle=True))
         calls.append(trainer)
         if len(calls) == 3:  # the resumed run has another learning rate
-            trainer.add_event_handler(Events.STARTED, lambda: trainer.lead.optimizers[0].param_groups[0].update(lr=1.0))
+            trainer.add_event_handler(Events.STARTED, lambda: trainer.primary.optimizers[0].param_groups[0].update(lr=1.0))
         return trainer, run
 
     with pytest.raises(AssertionError, match=r"first thing that differs is the (learning rate lr|weight .*), at iteration 6"):
@@ -153,7 +153,7 @@ def test_more_epochs_than_before_just_go_on(tmp_path):
     second.handlers["CheckpointRotation"].resume()
     run()
     assert second.state.epoch == 4
-    assert all(torch.equal(a, b) for a, b in zip(whole.lead.parameters(), second.lead.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.primary.parameters(), second.primary.parameters(), strict=True))
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path):
@@ -247,14 +247,14 @@ def test_best_metrics_and_weights_of_the_best(tmp_path):
     @trainer.on(Events.EPOCH_COMPLETED)
     def score(engine):
         engine.state.metrics["score"] = next(scores)
-        weights[engine.state.epoch] = [p.clone() for p in engine.lead.parameters()]
+        weights[engine.state.epoch] = [p.clone() for p in engine.primary.parameters()]
 
     run()
     rotation = trainer.handlers["CheckpointRotation"]
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00000018.pt", "step-00000045.pt"]
     rotation.resume("best")
     assert isinstance(rotation, CheckpointRotation)
-    assert all(torch.equal(a, b) for a, b in zip(trainer.lead.parameters(), weights[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trainer.primary.parameters(), weights[2], strict=True))
 
 
 def test_a_run_that_stopped_early_is_over(tmp_path):

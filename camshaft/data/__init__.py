@@ -1,0 +1,3 @@
+"""What helps a data loader: seeds, and batches fetched ahead."""
+
+__all__: list[str] = []

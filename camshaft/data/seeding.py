@@ -1,0 +1,124 @@
+"""Seeds: for this process and for the workers of a data loader."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from camshaft.rng import preserve_rng_state, reseed
+
+__all__ = ["SeededDataset", "seed_everything", "worker_init_fn"]
+
+
+def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = False) -> None:
+    """Seeds Python, NumPy and torch, on the CPU and every accelerator.
+
+    Args:
+        seed: from 0 to 2**32 - 1 (NumPy's range).
+        deterministic: makes torch use deterministic algorithms only, and raise where there is none. On CUDA this needs
+            ``CUBLAS_WORKSPACE_CONFIG``, which is set here where it isn't; call it before the first CUDA operation.
+        benchmark: lets cuDNN try out which convolution is the fastest; its choice may differ from run to run.
+
+    Raises:
+        ValueError: where the seed is out of range, or ``deterministic`` and ``benchmark`` are both asked for.
+
+    Example:
+        >>> seed_everything(0)
+        >>> torch.rand(1)
+        tensor([0.4963])
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    if deterministic and benchmark:
+        raise ValueError("deterministic and benchmark contradict each other: a benchmark chooses by time")
+    reseed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def worker_init_fn(worker_id: int) -> None:
+    """For ``DataLoader(worker_init_fn=worker_init_fn)``: seeds Python and NumPy from torch's seed of the worker.
+
+    torch does the same by itself in the workers that it starts. The function is for scripts that want it said, and for
+    loaders that start their workers in another way: no two workers, and no two epochs, draw the same numbers.
+
+    Args:
+        worker_id: given by the data loader.
+
+    Example:
+        >>> loader = torch.utils.data.DataLoader(range(8), num_workers=2, worker_init_fn=worker_init_fn)
+    """
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+class SeededDataset(Dataset[Any]):
+    """Makes random augmentation depend on nothing but the seed, the epoch and the sample's index.
+
+    Without it, what a worker draws for a sample depends on the samples that it has drawn for before, so a run that is resumed
+    in the middle of an epoch, or with another number of workers, augments differently. Inside ``dataset[index]`` the global
+    generators of Python, NumPy and torch are seeded for that sample; afterwards they are as they were. This costs some tens of
+    microseconds a sample. A trainer sets the epoch by itself.
+
+    Args:
+        dataset: any map-style dataset.
+        seed: from 0 to 2**32 - 1.
+
+    Raises:
+        TypeError: where ``dataset`` has no length or can't be indexed.
+        ValueError: where the seed is out of range.
+
+    Example:
+        >>> class Noisy(torch.utils.data.Dataset):
+        ...     def __len__(self):
+        ...         return 8
+        ...
+        ...     def __getitem__(self, index):
+        ...         return index + torch.rand(())
+        >>> dataset = SeededDataset(Noisy(), seed=1)
+        >>> bool(dataset[3] == dataset[3])
+        True
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(f"dataset must be map-style, with a length and an index, got {type(dataset).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+        self.dataset, self.seed = dataset, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # workers that live on see it change
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that counts for the samples drawn from now on."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, for every worker too."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        if get_worker_info() is not None:  # a worker draws for nobody else
+            self._seed(index)
+            return self.dataset[index]
+        with preserve_rng_state():
+            self._seed(index)
+            return self.dataset[index]
+
+    def _seed(self, index: Any) -> None:
+        words = np.random.SeedSequence([self.seed, self.epoch, int(index)]).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.default_generator.manual_seed(int(words[2]))

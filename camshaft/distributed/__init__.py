@@ -1,0 +1,3 @@
+"""Several processes: collectives, gradient synchronization, agreed decisions, failures."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""What makes a GAN: objectives, losses, gradient penalties."""
+
+__all__: list[str] = []

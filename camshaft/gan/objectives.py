@@ -1,0 +1,191 @@
+"""The two networks of a GAN at play: the discriminator's turn and the generator's, as objectives of their phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from camshaft.engines.phase import Phase
+from camshaft.gan.penalties import HALF, bad_scores, one_each
+from camshaft.pytree import describe
+from camshaft.validation import bad_loss, name_of
+
+__all__ = ["DiscriminatorObjective", "GANState", "GeneratorObjective", "penalty_interval"]
+
+
+class GANState:
+    """The two networks and what both turns share: the real batch on its device, samples and scores, each looked at."""
+
+    device: torch.device
+    phases: tuple[Phase, Phase]
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        latent: Any,
+        conditional: bool,
+        prepare_batch: Callable[..., Any],
+        non_blocking: bool,
+    ) -> None:
+        self.generator, self.discriminator, self.conditional = generator, discriminator, conditional
+        self.prepare_batch, self.non_blocking = prepare_batch, non_blocking
+        self.latent = latents_from(latent, generator)
+
+    def receive(self, engine: Any, batch: Any) -> None:
+        """Puts the real batch on the device, as ``state.x`` and ``state.y``."""
+        state = engine.state
+        prepared = self.prepare_batch(batch, device=self.device, non_blocking=self.non_blocking)
+        x, state.y = prepared if type(prepared) in (tuple, list) and len(prepared) == 2 else (prepared, None)
+        state.x = x
+        if not isinstance(x, torch.Tensor) or x.dim() == 0:
+            raise TypeError(
+                f"prepare_batch ({name_of(self.prepare_batch)}) must give the real samples as a tensor x, or (x, y), got "
+                f"{describe(prepared)}{where(engine)}"
+            )
+        if self.conditional and state.y is None:
+            raise TypeError(f"conditional=True needs batches (x, y), got {describe(batch)}{where(engine)}")
+
+    def train(self) -> None:
+        """Both networks take part in both turns: a handler may have left either in eval mode."""
+        if not self.generator.training:
+            self.phases[1].restore_modes()
+        if not self.discriminator.training:
+            self.phases[0].restore_modes()
+
+    def samples(self, engine: Any) -> torch.Tensor:
+        """As many generated samples as the batch has real ones."""
+        state = engine.state
+        shape = state.x.shape
+        size = shape[0]
+        latents = self.latent(size, self.device)
+        if not isinstance(latents, torch.Tensor) or latents.dim() == 0 or latents.shape[0] != size:
+            raise ValueError(
+                f"latent ({name_of(self.latent)}) must give the generator a tensor with n={size} samples first, got "
+                f"{describe(latents)}{where(engine)}"
+            )
+        fake = self.generator(latents, state.y) if self.conditional else self.generator(latents)
+        if not isinstance(fake, torch.Tensor) or fake.shape != shape:
+            raise ValueError(
+                f"the generator {name_of(self.generator)} must give samples of the real data's shape {tuple(shape)}, "
+                f"got {describe(fake)}{where(engine)}"
+            )
+        return fake
+
+    def scores(self, engine: Any, samples: torch.Tensor) -> torch.Tensor:
+        """One number per sample, in float32 at least, for a mean in half precision is too coarse a loss."""
+        scores = self.discriminator(samples, engine.state.y) if self.conditional else self.discriminator(samples)
+        if not one_each(scores, samples.shape[0]):
+            raise bad_scores(scores, samples.shape[0], f"the discriminator {name_of(self.discriminator)}", where(engine))
+        exact: torch.Tensor = scores.float() if scores.dtype in HALF else scores
+        return exact
+
+
+class DiscriminatorObjective:
+    """The discriminator's objective: its loss of real and generated samples, and the penalties that are due."""
+
+    def __init__(self, gan: GANState, loss: Callable[..., Any], penalties: tuple[Any, ...], named: Any) -> None:
+        self.gan, self.loss = gan, loss
+        self.penalties = tuple((penalty, penalty_interval(penalty)) for penalty in penalties)
+        self.label = describe_loss(named, loss)
+        self.device = torch.device("cpu")
+        self._none: torch.Tensor | None = None
+
+    def prepare(self, engine: Any, batch: Any) -> None:
+        self.gan.receive(engine, batch)
+        self.gan.train()
+
+    def __call__(self, engine: Any, _: Any) -> torch.Tensor:
+        state, gan = engine.state, self.gan
+        with torch.no_grad():
+            fake = gan.samples(engine)
+        state.y_pred = fake
+        loss: torch.Tensor = self.loss(gan.scores(engine, state.x), gan.scores(engine, fake))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise bad_loss(loss, f"the loss of the discriminator (from {self.label}){where(engine)}")
+        losses = state.losses  # noted here and not by the step, which would take three times as long over it
+        losses["discriminator_loss"] = loss.detach()
+        penalty = self.penalty(engine, fake) if self.penalties else None
+        if penalty is None:
+            losses["penalty"] = self.no_penalty()
+            return loss
+        losses["penalty"] = penalty.detach()
+        return loss + penalty
+
+    def penalty(self, engine: Any, fake: torch.Tensor) -> torch.Tensor | None:
+        """The sum of the penalties that are due in the discriminator's coming step; ``None`` where none is."""
+        state, gan = engine.state, self.gan
+        total: torch.Tensor | None = None
+        step = engine.primary.optimizer_step + 1
+        conditions = (state.y,) if gan.conditional else ()
+        for penalty, every in self.penalties:
+            if step % every == 0:
+                value: torch.Tensor = penalty(gan.discriminator, state.x, fake, *conditions)
+                if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                    raise bad_loss(value, f"the penalty {name_of(penalty)}{where(engine)}")
+                total = value if total is None else total + value
+        return total
+
+    def no_penalty(self) -> torch.Tensor:
+        """A zero on the device, made once."""
+        if self._none is None:
+            self._none = torch.zeros((), device=self.device)
+        return self._none
+
+
+class GeneratorObjective:
+    """The generator's objective: that its samples pass for real ones."""
+
+    def __init__(self, gan: GANState, loss: Callable[..., Any], named: Any) -> None:
+        self.gan, self.loss = gan, loss
+        self.label = describe_loss(named, loss)
+
+    def prepare(self, engine: Any, batch: Any) -> None:
+        if engine.state.x is None:  # the data ended inside a window that a resumed run has not gathered itself
+            self.gan.receive(engine, batch)
+        self.gan.train()
+
+    def __call__(self, engine: Any, _: Any) -> torch.Tensor:
+        state, gan = engine.state, self.gan
+        state.y_pred = fake = gan.samples(engine)
+        loss: torch.Tensor = self.loss(gan.scores(engine, fake))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise bad_loss(loss, f"the loss of the generator (from {self.label}){where(engine)}")
+        state.losses["generator_loss"] = loss.detach()
+        return loss
+
+
+def where(engine: Any) -> str:
+    """The place in the run, for an error message."""
+    return f" in iteration {engine.state.iteration}, in the turn of the {engine.state.phase}"
+
+
+def describe_loss(named: Any, loss: Callable[..., Any]) -> str:
+    """How an error names a loss: as the user has written it, or by the name of its function."""
+    return f"loss {named!r}" if isinstance(named, str) else f"loss {name_of(loss)}"
+
+
+def latents_from(latent: Any, generator: nn.Module) -> Callable[[int, torch.device], Any]:
+    """A source of latents: the user's own, or normal ones of a size, in the generator's precision."""
+    if callable(latent):
+        return latent  # type: ignore[no-any-return]
+    sizes = tuple(latent) if isinstance(latent, (tuple, list)) else (latent,)
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(
+            f"latent must be a positive integer, a sequence of them, or a callable (n, device) -> tensor, got {latent!r}"
+        )
+    dtypes = [p.dtype for p in generator.parameters() if p.is_floating_point()] if isinstance(generator, nn.Module) else []
+    dtype = dtypes[0] if dtypes else None
+
+    def normal(n: int, device: torch.device) -> torch.Tensor:
+        return torch.randn(n, *sizes, device=device, dtype=dtype)
+
+    return normal
+
+
+def penalty_interval(penalty: Any) -> int:
+    """On every how many-th discriminator step it is due."""
+    return getattr(penalty, "every", 1)

@@ -1,0 +1,103 @@
+"""A trainer's cycle as text that a person reads at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Events
+
+from camshaft.events import Filtered, StepEvents, filter_terms
+from camshaft.handler import Handler
+
+if TYPE_CHECKING:
+    from camshaft.engines.trainer import Trainer
+
+__all__ = ["explain"]
+
+CYCLE: tuple[tuple[Any, int], ...] = (
+    (Events.STARTED, 0),
+    (Events.EPOCH_STARTED, 1),
+    (Events.GET_BATCH_STARTED, 2),
+    (Events.GET_BATCH_COMPLETED, 2),
+    (Events.ITERATION_STARTED, 2),
+    *((event, 3) for event in StepEvents),
+    (Events.ITERATION_COMPLETED, 2),
+    (Events.DATALOADER_STOP_ITERATION, 2),
+    (Events.TERMINATE_SINGLE_EPOCH, 1),
+    (Events.EPOCH_COMPLETED, 1),
+    (Events.TERMINATE, 0),
+    (Events.COMPLETED, 0),
+    (Events.INTERRUPT, 0),
+    (Events.EXCEPTION_RAISED, 0),
+)
+"""Every event in the order in which it fires, those that may come at any time last, and how deep it is nested."""
+
+ALWAYS = {Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, *StepEvents}
+ALWAYS |= {Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED, Events.COMPLETED}
+"""The events that are shown even where nobody listens."""
+
+
+def explain(trainer: Trainer) -> str:
+    """The cycle as it will run; see :meth:`Trainer.explain`."""
+    lines = list(_settings(trainer))
+    for event, depth in CYCLE:
+        handlers = [entry[0] for entry in trainer._event_handlers.get(event, ()) if not _is_ours(entry[0], trainer)]
+        if not handlers and event not in ALWAYS:
+            continue
+        lines.append("  " * depth + event.name)
+        lines += ["  " * depth + "    " + _describe(handler) for handler in handlers]
+    known = {event for event, _ in CYCLE}
+    for event, entries in trainer._event_handlers.items():  # a user's own events, fired whenever the user fires them
+        if event not in known and entries:
+            lines.append(str(getattr(event, "name", event)))
+            lines += ["    " + _describe(entry[0]) for entry in entries]
+    return "\n".join(lines)
+
+
+def _settings(trainer: Trainer) -> Iterator[str]:
+    """One line for each phase: its network, optimizers, window and precision."""
+    for phase in trainer.phases.values():
+        optimizers = " + ".join(type(optimizer).__name__ for optimizer in phase.optimizers)
+        window = phase.window
+        text = f"{phase.name}: {type(phase.module).__name__} on {phase.device}, {optimizers}"
+        if phase is not trainer.primary:
+            text += f", after every {phase.interval} steps of {trainer.primary.name}"
+        if window.steps > 1:
+            text += f", {window.steps} batches a step (a shorter last window: {window.partial})"
+        if window.loss_weight != "batch":
+            weight = window.loss_weight
+            text += f", weighted by {weight if isinstance(weight, str) else getattr(weight, '__name__', weight)}"
+        if phase.autocast is not None:
+            text += f", {str(phase.autocast.fast_dtype).removeprefix('torch.')}" + (", scaled" if phase.scaler else "")
+        if phase.capture is not None:
+            text += ", as CUDA graphs" + ("" if phase.capture.records_steps else " (but for the optimizer's step)")
+        yield text
+
+
+def _is_ours(function: Any, trainer: Trainer) -> bool:
+    return getattr(function, "__self__", None) is trainer
+
+
+def _describe(entry: Any) -> str:
+    function = entry.handler if isinstance(entry, Filtered) else entry
+    owner = getattr(function, "__self__", None)
+    name = getattr(function, "__name__", type(function).__name__)
+    text = f"{owner.describe()}.{name}" if isinstance(owner, Handler) else _qualified(function, owner, name)
+    if isinstance(entry, Filtered):
+        found = filter_terms(entry.event).items()
+        terms = [f"{key}={value!r}" if key != "event_filter" else _words(str(value)) for key, value in found]
+        text += f"  ({', '.join(terms)})"
+    if isinstance(owner, Handler) and owner.changes:
+        text += f"  [changes {', '.join(owner.changes)}]"
+    return text
+
+
+def _words(name: str) -> str:
+    """A filter's name; of one that is called ``when_...``, as the package's own are, the words."""
+    words = name.strip("_").replace("_", " ")
+    return words if words.startswith("when ") else name
+
+
+def _qualified(function: Any, owner: Any, name: str) -> str:
+    return name if owner is None or isinstance(owner, type) else f"{type(owner).__name__}.{name}"

@@ -1,0 +1,255 @@
+"""How much faster another choice would be, measured in a few paired rounds on copies, so that nothing of the run changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_hooks
+from torch.utils.data import DataLoader
+
+from camshaft.distributed.collectives import world_size
+from camshaft.distributed.dtensors import is_dtensor
+from camshaft.engines.supervised import Supervised
+from camshaft.gan.objectives import DiscriminatorObjective
+from camshaft.models import unwrap
+from camshaft.pytree import map_tensors, tensors
+from camshaft.rng import preserve_rng_state
+
+if TYPE_CHECKING:
+    from camshaft.engines.phase import Phase
+    from camshaft.engines.state import TrainerState
+
+__all__ = [
+    "Measure",
+    "Speedup",
+    "gain_of_form",
+    "gain_of_passes",
+    "has_form",
+    "measured",
+    "paired",
+    "parameters_of",
+    "start_of_workers",
+]
+
+FEWEST, MOST, SECONDS_TO_WAIT = 3, 21, 1.0
+"""How many paired rounds a measurement has: as many as begin within so many seconds."""
+MOST_COPIED = 2**30
+"""How many bytes of copies a measurement makes at most where nobody says how much memory is free."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast, as quartiles over paired rounds, and the median seconds before and after."""
+
+    low: float
+    median: float
+    high: float
+    before: float
+    after: float
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether it is more than two measurements of the same thing differ by."""
+        return self.low > 1 and self.median >= 1.05
+
+    def __str__(self) -> str:
+        times = f"{self.median:.2f} times as fast (quartiles {self.low:.2f} to {self.high:.2f})"
+        return f"measured {times}, {self.before * 1e6:.0f} us becomes {self.after * 1e6:.0f} us"
+
+
+Measure = Callable[[], "Speedup | str"]
+
+
+def measured(measure: Measure | str) -> Speedup | str:
+    """The gain, or in words why it isn't known. No generator is moved, and what fails on copies doesn't end a run."""
+    if isinstance(measure, str):
+        return measure
+    if world_size() > 1:
+        return "not measured: several processes train, and none may wait for another here"
+    try:
+        with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
+            return measure()
+    except Exception as error:  # the memory is full; a network that can't be copied, or can't do it so: the text says which
+        return f"not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.120}"
+
+
+def paired(baseline: Callable[[], Any], other: Callable[[], Any], device: torch.device) -> Speedup:
+    """Times two ways to do the same thing in turns, so that whatever else the machine does falls on both."""
+    for function in (baseline, other) * 2:  # the first calls allocate, and choose their kernels
+        function()
+    pairs: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(pairs) < FEWEST or (len(pairs) < MOST and time.perf_counter() - began < SECONDS_TO_WAIT):
+        if len(pairs) % 2:  # going first is nobody's privilege
+            after = seconds(other, device)
+            pairs.append((seconds(baseline, device), after))
+        else:
+            pairs.append((seconds(baseline, device), seconds(other, device)))
+    low, median, high = statistics.quantiles([before / after for before, after in pairs], n=4)
+    before, after = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return Speedup(low, median, high, before, after)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, until the device has done it."""
+    wait = (lambda _: None) if device.type == "cpu" else torch.accelerator.synchronize
+    wait(device)
+    began = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - began
+
+
+# -- an optimizer's step --------------------------------------------------------------------------------------------------
+
+
+def has_form(optimizer: Optimizer, form: str) -> bool:
+    """Whether this torch can step such parameters in a form (``"fused"``, ``"foreach"``), tried on tensors of one number."""
+    held = parameters_of(optimizer)
+    if form not in optimizer.defaults or any(p.grad is not None and p.grad.is_sparse for p in held):
+        return False
+    try:
+        with torch.inference_mode(False), unheard_steps():
+            tiny = {id(p): torch.zeros(1, dtype=p.dtype, device=p.device, requires_grad=True) for p in held}
+            for tensor in tiny.values():
+                tensor.grad = torch.zeros_like(tensor)
+            rebuild_optimizer(optimizer, tiny, form).step()
+    except (AssertionError, RuntimeError, ValueError):  # differentiable=True, or no kernel for the device or the dtype
+        return False
+    return True
+
+
+def gain_of_form(optimizer: Optimizer, form: str) -> Speedup | str:
+    """The optimizer's step beside the same in another form, over copies of its parameters and their gradients."""
+    held = parameters_of(optimizer)
+    device = held[0].device
+    needed = 6 * sum(p.numel() * p.element_size() for p in held)  # with gradients, and two states of two
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MOST_COPIED
+    if needed > room:
+        return f"not measured: copies of {len(held)} tensors would take {needed / 2**30:.1f} GiB"
+    trained = [p for p in held if p.requires_grad or p.grad is not None] or held  # a network may be frozen for another's turn
+    copies = {id(p): p.detach().clone().requires_grad_() for p in trained}
+    for p in trained:
+        copies[id(p)].grad = torch.randn_like(p) if p.grad is None else p.grad.detach().clone()
+    with unheard_steps():
+        return paired(rebuild_optimizer(optimizer, copies).step, rebuild_optimizer(optimizer, copies, form).step, device)
+
+
+@contextmanager
+def unheard_steps() -> Iterator[None]:
+    """Nobody who listens to every optimizer's step hears of those within."""
+    tables: list[dict[int, Any]] = [optimizer_hooks._global_optimizer_pre_hooks, optimizer_hooks._global_optimizer_post_hooks]
+    listeners = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, own in zip(tables, listeners, strict=True):
+            table.update(own)
+
+
+def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Every parameter that an optimizer holds."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def rebuild_optimizer(optimizer: Optimizer, copies: dict[int, torch.Tensor], form: str | None = None) -> Optimizer:
+    """An optimizer of the same class and settings over copies, in its own form or in another."""
+    accepted = inspect.signature(type(optimizer)).parameters
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    forms: dict[str, Any] = {} if form is None else {key: key == form for key in ("fused", "foreach") if key in defaults}
+    groups = [
+        {key: group[key] for key in defaults} | forms | {"params": [copies[id(p)] for p in group["params"] if id(p) in copies]}
+        for group in optimizer.param_groups
+    ]
+    return type(optimizer)([group for group in groups if group["params"]], **defaults | forms)
+
+
+# -- a network's passes ---------------------------------------------------------------------------------------------------
+
+
+def gain_of_passes(
+    state: TrainerState,
+    phase: Phase,
+    change: Callable[[nn.Module], nn.Module] = lambda module: module,
+    dtype: torch.dtype | None = None,
+) -> Speedup | str:
+    """Forward and backward over the last batch beside the same after a change, or with mixed precision, on two copies.
+
+    Args:
+        state: the trainer's state, for the batch.
+        phase: the phase whose network is copied.
+        change: is given the second copy.
+        dtype: the precision of the second copy's autocast, where it isn't the phase's.
+    """
+    inputs, module = inputs_of(state, phase), phase.module
+    if isinstance(inputs, str):
+        return inputs
+    if unwrap(module) is not module or any(is_dtensor(p) for p in module.parameters()):
+        return f"not measured: the network is wrapped ({type(module).__name__})"
+    parts = [*module.modules(), module_hooks]
+    if any(getattr(part, name, None) for part in parts for name in (*HOOKS, *(f"_global{hook}" for hook in HOOKS))):
+        return "not measured: there are hooks on the network, which its copies would call"
+    own = None if phase.autocast is None else phase.autocast.fast_dtype
+    baseline = round_trip(copy.deepcopy(module), inputs, phase.device, own)
+    return paired(baseline, round_trip(change(copy.deepcopy(module)), inputs, phase.device, dtype or own), phase.device)
+
+
+def inputs_of(state: TrainerState, phase: Phase) -> Sequence[Any] | str:
+    """What the network was called with last, copied; or in words why that isn't known."""
+    objective = phase.objective
+    if not isinstance(objective, (Supervised, DiscriminatorObjective)):
+        return "not measured: only its objective knows how the network is called"
+    if state.x is None:
+        return "not measured: no batch has been seen yet"
+    conditional = isinstance(objective, DiscriminatorObjective) and objective.gan.conditional
+    return [map_tensors(lambda tensor: tensor.detach().clone(), part) for part in (state.x, state.y)[: 1 + conditional]]
+
+
+def round_trip(module: nn.Module, inputs: Sequence[Any], device: torch.device, dtype: torch.dtype | None) -> Callable[[], None]:
+    """A forward pass and the backward pass of the sum of its outputs, as a function to be timed."""
+    parameters = list(module.parameters())
+    if not any(p.requires_grad for p in parameters):  # frozen for another network's turn
+        module.requires_grad_()
+
+    def run() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = module(*inputs)
+        sums = [output.float().sum() for output in tensors(outputs) if output.requires_grad]
+        torch.autograd.backward(torch.stack(sums).sum())
+
+    return run
+
+
+# -- a loader's workers ---------------------------------------------------------------------------------------------------
+
+
+def start_of_workers(loader: DataLoader[Any]) -> str:
+    """What it costs to make a loader's worker processes and to end them, with data that costs nothing."""
+    context = loader.multiprocessing_context
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if (method if context is None else context.get_start_method()) != "fork":
+        return "not measured: the workers would import your script anew"
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in DataLoader(range(loader.num_workers), num_workers=loader.num_workers, multiprocessing_context=context):  # type: ignore[arg-type]
+            pass
+        times.append(time.perf_counter() - began)
+    return f"measured {statistics.median(times) * 1e3:.0f} ms an epoch"

@@ -1,0 +1,34 @@
+"""What a checkpoint may carry: tensors and plain values."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["pack"]
+
+
+def pack(value: Any, where: str) -> Any:
+    """``value`` as tensors and plain values, so that ``torch.load(weights_only=True)`` can read it.
+
+    Raises:
+        TypeError: names the place of whatever can't be carried.
+    """
+    if value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    if isinstance(value, np.generic):
+        return pack(value.item(), where)
+    if type(value) in (list, tuple, set, torch.Size):
+        kind = tuple if isinstance(value, torch.Size) else type(value)
+        return kind(pack(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(value) in (dict, OrderedDict, Counter):
+        return type(value)({pack(key, f"{where}'s keys"): pack(item, f"{where}[{key!r}]") for key, item in value.items()})
+    if hasattr(value, "state_dict"):
+        return pack(dict(value.state_dict()), where)
+    raise TypeError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint can't carry safely; "
+        "use tensors, numbers, text, lists and dicts of them, or an object with state_dict()"
+    )

@@ -1,0 +1,179 @@
+"""What an error says of the value that came, and of many names."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from camshaft.models import device_of
+from camshaft.pytree import describe
+
+__all__ = [
+    "bad_loss",
+    "check_count",
+    "check_device",
+    "check_no_class",
+    "check_optimizers",
+    "check_prepare",
+    "describe_type",
+    "join_names",
+    "name_of",
+    "stateful",
+]
+
+
+def describe_type(value: Any) -> str:
+    """What came, by its kind; of a class, also how to make an object of it.
+
+    Example:
+        >>> describe_type("adam")
+        'str'
+        >>> from ignite.metrics import Accuracy, Loss
+        >>> describe_type(Accuracy), describe_type(Loss)
+        ('the class Accuracy; make one: Accuracy()', 'the class Loss; make one: Loss(...)')
+    """
+    if not isinstance(value, type):
+        return type(value).__name__
+    try:
+        inspect.signature(value).bind()
+        arguments = ""
+    except (TypeError, ValueError):
+        arguments = "..."
+    return f"the class {value.__name__}; make one: {value.__name__}({arguments})"
+
+
+def join_names(names: Sequence[str], most: int) -> str:
+    """Some names in a row, and how many more there are.
+
+    Example:
+        >>> join_names(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+logger = logging.getLogger("camshaft")
+
+
+def name_of(function: Any) -> str:
+    """How an error message calls a user's function."""
+    described = getattr(function, "label", None)
+    return described or getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def check_count(value: Any, argument: str) -> None:
+    """Raises ``ValueError`` unless ``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+
+
+def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:
+    """Raises ``TypeError`` where a class came in place of an object of it.
+
+    Args:
+        value: what came.
+        argument: the argument's name.
+        what: what is allowed, for the message.
+        kind: such classes alone are no functions; others may well be called in place of one, as ``tuple`` is.
+    """
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(f"{argument} must be {what}, got {describe_type(value)}")
+
+
+def check_prepare(function: Any) -> None:
+    """Raises ``TypeError`` where ``prepare_batch`` can't be called as it is going to be."""
+    if not callable(function):
+        raise TypeError(f"prepare_batch must be callable, got {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one that is written in C need not say
+        return
+    try:
+        signature.bind(None, device=None, non_blocking=True)
+    except TypeError:
+        raise TypeError(
+            f"prepare_batch is called as prepare_batch(batch, device=..., non_blocking=...), but {name_of(function)} takes "
+            f"{signature}; write def prepare_batch(batch, device, non_blocking)"
+        ) from None
+
+
+def check_device(device: torch.device | str | None, module: nn.Module) -> torch.device:
+    """The device that batches go to; raises ``ValueError`` where the model is somewhere else."""
+    found = device_of(module)
+    if device is None:
+        return found
+    wanted = torch.device(device)
+    for place in [parameter.device for parameter in module.parameters()] or [found]:
+        if place.type == wanted.type and wanted.index in (None, place.index):
+            return place
+    raise ValueError(
+        f"device is {str(wanted)!r} but the model is on {str(found)!r}; call model.to({str(wanted)!r}) before you make "
+        "the optimizer, or leave device out"
+    )
+
+
+def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None, phase: str) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple; raises ``TypeError`` or ``ValueError`` where one can't train the module.
+
+    Args:
+        optimizer: an optimizer or a sequence of them.
+        module: the network.
+        extra: a loss with parameters of its own, if there is one.
+        phase: the phase's name, for the message.
+    """
+    optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    if not optimizers:
+        raise ValueError("optimizer must be an optimizer or a sequence of at least one, got an empty one")
+    known = {id(p) for part in (module, extra) if part is not None for p in part.parameters()}
+    taken: set[int] = set()
+    for item in optimizers:
+        if not isinstance(item, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {describe_type(item)}")
+        if isinstance(item, torch.optim.LBFGS):
+            raise TypeError("optimizer LBFGS evaluates the loss several times per step, which one pass over data can't give")
+        kind = f"the optimizer {type(item).__name__} of phase {phase!r}"
+        held = {id(p) for group in item.param_groups for p in group["params"]}
+        if not held:
+            raise ValueError(f"{kind} holds no parameters")
+        if not held & known:
+            raise ValueError(
+                f"{kind} holds no parameter of the model: it was made for another one, or before the model was replaced; "
+                "make it from model.parameters()"
+            )
+        if held & taken:
+            raise ValueError(f"{kind} holds parameters that another one holds too: they would be stepped twice")
+        taken |= held
+    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in taken]
+    if left_out:
+        names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        logger.warning(
+            "%d parameters of phase %r want a gradient and are in no optimizer, so that they will never be trained: %s. "
+            "Make the optimizer after the last change of the model, or freeze them: camshaft.freeze(model, ...)",
+            len(left_out), phase, names,
+        )  # fmt: skip
+    return optimizers
+
+
+def stateful(function: Any) -> nn.Module | None:
+    """The module behind an objective (a loss with weights of its own), where there is one that has a state."""
+    part = getattr(function, "loss_fn", function)
+    return part if isinstance(part, nn.Module) and part.state_dict() else None
+
+
+def bad_loss(loss: Any, source: str) -> Exception:
+    """What to say of a loss that can't go backward."""
+    if not isinstance(loss, torch.Tensor):
+        return TypeError(f"{source} must be a scalar tensor, got {'None' if loss is None else describe(loss)}")
+    if loss.numel() != 1:
+        return ValueError(f"{source} must be a scalar, got {describe(loss)}; take its mean() or sum()")
+    return ValueError(
+        f"{source} has no gradient: nothing in it depends on a parameter that is trained. Was it computed under no_grad() "
+        "or detached, or is everything frozen?"
+    )
