@@ -1,56 +1,54 @@
-"""The moments of a training step, and the handlers that open at them."""
+"""The events of a training step, their clocks and filters, and the priorities of handlers."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import CallableEventWithFilter, Engine, EventEnum, Events, EventsList
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Events", "Filtered", "PhaseEvent", "Priority", "STEP_CLOCKS", "StepEvents", "filter_terms", "split"]
+__all__ = ["Events", "FilteredHandler", "PhaseEvent", "Priority", "STEP_CLOCKS", "StepEvents", "filter_terms", "split"]
 
 
 class StepEvents(EventEnum):
-    """The moments inside one training step, in the order in which they fire.
+    """The events inside one training step, in the order in which they fire.
 
     The step, with each event in its place::
 
         for batch in loader:                                # Ignite: ITERATION_STARTED, on the iteration clock
-            if the window is new: optimizer.zero_grad()
+            if a new window starts: optimizer.zero_grad()
             x, y = prepare_batch(batch)                     # on the device
             FORWARD_STARTED                                 # state.x, state.y
             with autocast:
                 y_pred = model(x)
                 loss = loss_fn(y_pred, y)
-            FORWARD_COMPLETED                               # state.y_pred, state.loss: may be replaced
+            FORWARD_COMPLETED                               # state.y_pred, state.loss (a handler may replace it)
             BACKWARD_STARTED
             scaler.scale(loss / window).backward()
-            BACKWARD_COMPLETED                              # this batch's share is in .grad
+            BACKWARD_COMPLETED                              # this batch's gradient is accumulated in .grad
 
-            if the window is closed:                        # on the optimizer-step clock
+            if the window is full:                          # on the optimizer-step clock
                 scaler.unscale_(optimizer)
-                GRADIENTS_READY                             # .grad is the true gradient; then guard, then clipping
+                GRADIENTS_READY                             # .grad is the true gradient; users, guard, clipping
                 GRADIENTS_CLIPPED                           # state.grad_norm: the norm before clipping
-                if the scaler or the guard refuses:
+                if the scaler or a handler skips the step:
                     scaler.update()
                     OPTIMIZER_STEP_SKIPPED                  # on the clock of skipped steps
                 else:
-                    OPTIMIZER_STEP_STARTED                  # the last moment before the weights change
+                    OPTIMIZER_STEP_STARTED                  # the last event before the weights change
                     optimizer.step()
                     scaler.update()
-                    OPTIMIZER_STEP_COMPLETED                # .grad still there; history, EMA, users, schedule
+                    OPTIMIZER_STEP_COMPLETED                # .grad is still set; history, EMA, users, schedule
                                                             # Ignite: ITERATION_COMPLETED
 
     An *iteration* is one batch (``state.iteration``); a *window* is the iterations whose gradients make one *optimizer
-    step* (``state.optimizer_step``). Both clocks start at 1. While a step's events fire, ``optimizer_step`` is the
-    number of the step that is being made; otherwise it is the number of steps that have been completed.
+    step* (``state.optimizer_step``). Both clocks start at 1. From ``GRADIENTS_READY`` on, ``optimizer_step`` is the number of
+    the current step; outside of a step it is the number of completed steps.
 
-    Every event takes Ignite's filters on its own clock, ``|``, and ``phase=`` to hear one network of several::
+    Every event takes Ignite's filters on its own clock, ``|``, and ``phase=`` for one of several networks::
 
         from camshaft import Events, StepEvents
 
@@ -60,23 +58,23 @@ class StepEvents(EventEnum):
     """
 
     FORWARD_STARTED = "forward_started"
-    """The batch is on the device, as ``state.x`` and ``state.y``."""
+    """The batch is on the device, in ``state.x`` and ``state.y``."""
     FORWARD_COMPLETED = "forward_completed"
-    """``state.y_pred`` and ``state.loss`` are there; a handler may replace ``state.loss``."""
+    """``state.y_pred`` and ``state.loss`` are set; a handler may replace ``state.loss``."""
     BACKWARD_STARTED = "backward_started"
     """The loss is final."""
     BACKWARD_COMPLETED = "backward_completed"
-    """This batch's share is in ``.grad``; its scale is not promised before ``GRADIENTS_READY``."""
+    """This batch's gradient is accumulated in ``.grad``; its scale is undefined before ``GRADIENTS_READY``."""
     GRADIENTS_READY = "gradients_ready"
-    """The window is closed; ``.grad`` is the true gradient, unscaled and normalised but not clipped."""
+    """The window is full; ``.grad`` is the true gradient, unscaled and normalized but not clipped."""
     GRADIENTS_CLIPPED = "gradients_clipped"
-    """Clipped or not; ``state.grad_norm`` is the total norm before clipping, or ``None`` where nobody measures."""
+    """Fires for every window; ``state.grad_norm`` is the total norm before clipping, or ``None`` if no handler measures it."""
     OPTIMIZER_STEP_STARTED = "optimizer_step_started"
-    """The last moment before the weights change."""
+    """The last event before the weights change."""
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
-    """The weights have changed, ``.grad`` is still there."""
+    """The weights have changed; ``.grad`` is still set."""
     OPTIMIZER_STEP_SKIPPED = "optimizer_step_skipped"
-    """Instead of the two above, where the scaler or a guard refused; its clock is ``state.skipped_steps``."""
+    """Replaces the two events above if the scaler or a handler skips the step; its clock is ``state.skipped_steps``."""
 
     def __call__(
         self,
@@ -88,21 +86,21 @@ class StepEvents(EventEnum):
         *,
         phase: str | None = None,
     ) -> CallableEventWithFilter:
-        """Filters the event as Ignite's events do, and by the phase (the network) whose events fire.
+        """Filters the event as Ignite's events do, and by phase (network).
 
         Args:
-            event_filter: a function of (engine, clock) that says whether to run.
-            every: run on each multiple of this number.
-            once: run at this value, or these values, of the clock.
+            event_filter: a function of (engine, clock) that returns whether to run.
+            every: run at each multiple of this number.
+            once: run at this value (or these values) of the clock.
             before: run while the clock is below this value.
             after: run while the clock is above this value.
-            phase: run for this phase only, counted on its own clock (for the first four events: its forward passes).
+            phase: run for this phase only, on its own clock (for the first four events: its forward passes).
 
         Returns:
             The filtered event.
 
         Raises:
-            ValueError: where the filters contradict each other or a number is out of range.
+            ValueError: if the filters contradict each other or a number is out of range.
 
         Example:
             >>> StepEvents.GRADIENTS_READY(every=10).name
@@ -128,32 +126,32 @@ STEP_CLOCKS: Mapping[str, str] = {
     "OPTIMIZER_STEP_COMPLETED": "optimizer_step",
     "OPTIMIZER_STEP_SKIPPED": "skipped_steps",
 }
-"""The field of ``engine.state`` on which each event counts."""
+"""The field of ``engine.state`` that is the clock of each event."""
 
 PHASE_CLOCKS: Mapping[str, str] = {
     name: "forward_passes" if clock == "iteration" else clock for name, clock in STEP_CLOCKS.items()
 }
-"""The field of a phase on which each event counts when it is filtered by phase."""
+"""The field of a phase that is the clock of each event filtered by phase."""
 
 
 class PhaseEvent(CallableEventWithFilter):
-    """A step event that is heard for one phase only, on that phase's own clock."""
+    """A step event filtered by phase, on that phase's own clock."""
 
     def __init__(self, event: CallableEventWithFilter, phase: str, inner: Callable[[Engine, int], bool] | None) -> None:
         clock = PHASE_CLOCKS[event.name]
 
-        def heard(engine: Any, _: int) -> bool:
+        def is_selected(engine: Any, _: int) -> bool:
             if engine.state.phase != phase:
                 return False
             return inner is None or bool(inner(engine, getattr(engine.phases[phase], clock)))
 
-        super().__init__(event.value, heard, event.name)
+        super().__init__(event.value, is_selected, event.name)
         self.phase = phase
         self.inner = inner
 
 
 class Priority(IntEnum):
-    """Where the package's own handlers stand among those that share an event; users' handlers are at ``USER``."""
+    """The order of handlers that share an event, lowest first; users' handlers have ``USER``."""
 
     HISTORY = -60
     AVERAGE = -50
@@ -165,15 +163,15 @@ class Priority(IntEnum):
     SCHEDULE = 30
     JUDGE = 40
     LOG = 50
-    AGREE = 55
+    SYNC = 55
     SAVE = 60
 
 
 def split(event: Any) -> tuple[CallableEventWithFilter, ...]:
-    """The single events of ``A | B``, as a tuple that a later ``|`` can't change.
+    """Splits ``A | B`` into its events.
 
     Raises:
-        TypeError: where ``event`` is neither an event nor events joined by ``|``.
+        TypeError: if ``event`` is neither an event nor events joined by ``|``.
     """
     events = tuple(event) if isinstance(event, EventsList) else (event,)
     for item in events:
@@ -183,14 +181,14 @@ def split(event: Any) -> tuple[CallableEventWithFilter, ...]:
 
 
 def filter_terms(event: CallableEventWithFilter) -> dict[str, Any]:
-    """The terms of an event's filter by name, e.g. ``{"every": 10}``; a callable's under ``"event_filter"``."""
+    """The arguments of an event's filter by name, e.g. ``{"every": 10}``; a callable is under ``"event_filter"``."""
     terms: dict[str, Any] = {}
     test = event.filter
     if isinstance(event, PhaseEvent):
         terms["phase"], test = event.phase, event.inner
     if test is None:
         return terms
-    if getattr(test, "__qualname__", "").startswith("CallableEventWithFilter."):  # Ignite's own, terms in its closure
+    if getattr(test, "__qualname__", "").startswith("CallableEventWithFilter."):  # Ignite's own filter: read its closure
         found = inspect.getclosurevars(test).nonlocals
         found = {name.rstrip("_"): value for name, value in found.items()}
         unset = {"after": 0, "before": float("inf")}
@@ -198,11 +196,11 @@ def filter_terms(event: CallableEventWithFilter) -> dict[str, Any]:
     return terms | {"event_filter": getattr(test, "__name__", repr(test))}
 
 
-class Filtered:
+class FilteredHandler:
     """A handler behind an event filter. It keeps the handler alive, so that a bound method can be removed again."""
 
     def __init__(self, engine: Any, event: CallableEventWithFilter, handler: Callable[..., Any]) -> None:
-        self.engine, self.handler, self.event = engine, handler, event
+        self._engine, self.handler, self.event = weakref.ref(engine), handler, event  # the engine holds this object
         self.__wrapped__ = handler
         terms = filter_terms(event)
         self.every = terms["every"] if set(terms) == {"every"} else 0
@@ -213,6 +211,7 @@ class Filtered:
         return self.handler
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.test(self.engine, self.engine.clock(self.event)):
+        engine: Any = self._engine()
+        if self.test(engine, engine.clock(self.event)):
             return self.handler(*args, **kwargs)
         return None

@@ -1,77 +1,106 @@
-"""The norms of gradients, taken once for all who ask."""
+"""The norms of gradients, computed once for every handler that asks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from camshaft.distributed.dtensors import is_dtensor, local_tensor
 
-__all__ = ["Norms"]
+__all__ = ["GradNorms"]
 
 
-class Norms(NamedTuple):
-    """The norm of each of some gradients.
+class GradNorms:
+    """Computes norms of gradients, and remembers the latest ones while the gradients are unchanged.
+
+    A handler that will compute a total norm says so with :meth:`expect`. Another handler that only needs to know whether the
+    gradients are finite then computes the same norms in advance, and nothing is computed twice.
 
     Example:
         >>> gradients = [torch.ones(4), torch.zeros(2, 3)]
-        >>> norms = Norms.of(gradients, 2.0)
-        >>> norms.each
+        >>> norms = GradNorms()
+        >>> norms.each(gradients, 2.0)
         tensor([2., 0.])
         >>> norms.total(gradients, 2.0)
         tensor(2.)
     """
 
-    order: float
-    each: torch.Tensor
-    """One number for each gradient, on the device of the first; of a split gradient that of this process's part."""
-    known: list[tuple[torch.Tensor, int]]
-    """The gradients, and how often each had been changed when its norm was taken."""
+    def __init__(self) -> None:
+        self._expected: list[float] = []
+        self._order = 0.0
+        self._each: torch.Tensor | None = None
+        self._versions: list[tuple[torch.Tensor, int]] = []
 
-    @classmethod
-    def of(cls, gradients: Sequence[torch.Tensor], order: float) -> Norms:
-        """Takes the norms of at least one gradient; whether any entry isn't finite shows in every one of them.
+    def expect(self, order: float) -> None:
+        """Says that a handler is going to ask for the total norm of this order in every window."""
+        self._expected.append(order)
+
+    def unexpect(self, order: float) -> None:
+        """Takes back one :meth:`expect`."""
+        if order in self._expected:
+            self._expected.remove(order)
+
+    @property
+    def expected_order(self) -> float:
+        """The order of the norm that a handler is going to ask for; infinity, whose norm cannot overflow, if none is."""
+        return self._expected[0] if self._expected else float("inf")
+
+    def each(self, gradients: Sequence[torch.Tensor], order: float) -> torch.Tensor:
+        """The norm of each gradient.
 
         Args:
-            gradients: dense, sparse or split ones.
-            order: of the norm; where it is infinite no sum can overflow.
-        """
-        entries = [values(gradient) for gradient in gradients]
-        some = [part if part.numel() else part.new_zeros(1) for part in entries]
-        device = some[0].device
-        each = torch.stack([norm.to(device) for norm in torch._foreach_norm(some, order)])
-        return cls(order, each, [(gradient, gradient._version) for gradient in gradients])
-
-    def total(self, gradients: Sequence[torch.Tensor], order: float) -> torch.Tensor | None:
-        """The norm of all gradients together, by the very sums of ``torch.nn.utils.get_total_norm``.
-
-        Args:
-            gradients: whose norm is wanted.
-            order: of the norm.
+            gradients: at least one dense, sparse or distributed tensor. Of a distributed one only the local part counts.
+            order: the order of the norm. A gradient that is not finite has a norm that is not finite in any order.
 
         Returns:
-            A scalar tensor; ``None`` where other norms were taken, a gradient has changed since, or torch would sum in another
-            order.
+            A tensor of shape ``(len(gradients),)``, on the device of the first gradient.
         """
-        if order != self.order or len(gradients) != len(self.known):
-            return None
-        first = gradients[0]
-        for gradient, (known, version) in zip(gradients, self.known, strict=True):
-            if gradient is not known or gradient._version != version or not is_like(gradient, first):
-                return None
-        total: torch.Tensor = torch.linalg.vector_norm(self.each, order)
+        entries = [values(gradient) for gradient in gradients]
+        nonempty = [entry if entry.numel() else entry.new_zeros(1) for entry in entries]
+        device = nonempty[0].device
+        self._each = torch.stack([norm.to(device) for norm in torch._foreach_norm(nonempty, order)])
+        self._order, self._versions = order, [(gradient, gradient._version) for gradient in gradients]
+        return self._each
+
+    def total(self, gradients: Sequence[torch.Tensor], order: float) -> torch.Tensor:
+        """The norm of all gradients together, bit for bit as ``torch.nn.utils.get_total_norm`` computes it.
+
+        Args:
+            gradients: the gradients.
+            order: the order of the norm.
+
+        Returns:
+            A scalar tensor.
+        """
+        if self._each is None or order != self._order or not self._are_current(gradients):
+            return nn.utils.get_total_norm(gradients, order)
+        total: torch.Tensor = torch.linalg.vector_norm(self._each, order)
         return total
+
+    def clear(self) -> None:
+        """Forgets the norms, and releases the gradients."""
+        self._each, self._versions = None, []
+
+    def _are_current(self, gradients: Sequence[torch.Tensor]) -> bool:
+        """Whether the known norms are those of these gradients, and torch would compute them in one group."""
+        if len(gradients) != len(self._versions):
+            return False
+        first = gradients[0]
+        for gradient, (known, version) in zip(gradients, self._versions, strict=True):
+            if gradient is not known or gradient._version != version or not is_grouped_with(gradient, first):
+                return False
+        return True
 
 
 def values(gradient: torch.Tensor) -> torch.Tensor:
-    """The entries of a gradient that are here."""
-    held = local_tensor(gradient).detach()
-    return held._values() if held.is_sparse else held
+    """The local entries of a gradient."""
+    local = local_tensor(gradient).detach()
+    return local._values() if local.is_sparse else local
 
 
-def is_like(gradient: torch.Tensor, first: torch.Tensor) -> bool:
-    """Whether two gradients are whole, dense and of one kind, so that torch puts them in one sum."""
-    one_kind = gradient.device == first.device and gradient.dtype == first.dtype
-    return one_kind and not gradient.is_sparse and gradient.numel() > 0 and not is_dtensor(gradient)
+def is_grouped_with(gradient: torch.Tensor, first: torch.Tensor) -> bool:
+    """Whether two gradients are dense, local, and of one device and dtype, so that torch puts them in one group."""
+    same_group = gradient.device == first.device and gradient.dtype == first.dtype
+    return same_group and not gradient.is_sparse and gradient.numel() > 0 and not is_dtensor(gradient)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from ignite.engine import CallableEventWithFilter, Engine, EventsList
+from ignite.engine import CallableEventWithFilter, Engine, EventsList, RemovableEventHandle
 
 from camshaft.events import Priority, split
 from camshaft.serialization import pack
@@ -21,15 +22,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 CHANGES = ("loss", "gradients", "weights")
-"""What a handler may say that it changes."""
+"""What a handler may declare that it changes."""
 
 
-TOLD: Mapping[str, str] = {"EXCEPTION_RAISED": "error", "TERMINATE_SINGLE_EPOCH": "iter_counter"}
-"""What Ignite tells the handlers of an event besides the engine."""
+EXTRA_ARGUMENTS: Mapping[str, str] = {"EXCEPTION_RAISED": "error", "TERMINATE_SINGLE_EPOCH": "iter_counter"}
+"""The argument that Ignite passes to the handlers of an event after the engine."""
 
 
 class Listener(NamedTuple):
-    """One method of a handler at one event, and its place among those that share the event."""
+    """One method of a handler, its event, and its priority among the handlers of that event."""
 
     event: CallableEventWithFilter | EventsList
     function: Callable[..., Any]
@@ -37,19 +38,20 @@ class Listener(NamedTuple):
 
 
 def on(*events: Any, priority: int = Priority.USER) -> Callable[[F], F]:
-    """Marks a handler's method with the events at which it runs.
+    """Marks a handler's method with the events on which it runs.
 
     Args:
         events: one or more events, each with or without filters, or joined by ``|``.
-        place: the place among the handlers that share the event; users' own are at ``Priority.USER``.
+        priority: the order among the handlers of the event, lowest first; users' handlers have ``Priority.USER``.
 
     Returns:
-        The decorator. A subclass that overrides the method keeps its events, unless it marks it anew.
+        The decorator. A subclass that overrides the method keeps its events, unless it marks the method again.
 
     Raises:
-        TypeError: where something else than an event is given.
+        TypeError: if an argument is not an event.
 
     Example:
+        >>> from camshaft import Events
         >>> class Report(Handler):
         ...     @on(Events.EPOCH_COMPLETED(every=5) | Events.COMPLETED)
         ...     def report(self, engine):
@@ -68,13 +70,14 @@ def on(*events: Any, priority: int = Priority.USER) -> Callable[[F], F]:
 
 
 class Handler:
-    """A class whose methods open at events of an engine, and whose state travels in every checkpoint.
+    """A class whose methods run on events of an engine, and whose state is saved in every checkpoint.
 
-    Subclasses mark methods with :func:`on`, name in ``saved`` the attributes that belong to a checkpoint (tensors, plain
-    values, containers of them, or objects with ``state_dict``), and in ``changes`` what they touch: any of ``"loss"``,
-    ``"gradients"``, ``"weights"``, shown by ``trainer.explain()``.
+    Subclasses mark methods with :func:`on`. They name in ``saved`` the attributes that belong in a checkpoint (tensors, plain
+    values, containers of them, or objects with ``state_dict``), and in ``changes`` what they modify: any of ``"loss"``,
+    ``"gradients"``, ``"weights"``, which ``trainer.explain()`` shows.
 
     Example:
+        >>> from camshaft import StepEvents
         >>> class StepCounter(Handler):
         ...     saved = ("steps",)
         ...
@@ -89,35 +92,64 @@ class Handler:
     saved: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[tuple[str, ...]] = ()
     needs_trainer: ClassVar[bool] = False
-    """Whether it needs the phases of a trainer, and not only its events."""
+    """Whether it needs a trainer with phases; if not, any Ignite engine that fires its events will do."""
     differs_by_rank: ClassVar[bool] = False
-    """Whether its state is another one on each of several processes, so that a checkpoint holds each one's."""
-    agreed: bool = False
-    """Where several processes train: whether any of them has wished for what this handler's ``wish(engine)`` asks."""
+    """Whether its state differs between processes, so that a checkpoint holds the state of each rank."""
 
-    engine: Any = None
-    """The engine to which this handler is attached; ``None`` where it is attached to none."""
+    provides: str | None = None
+    """The prefix of the metrics that this handler writes to ``state.metrics``; ``None`` if it writes none."""
+    has_run: bool = False
+    """Whether a handler that provides metrics has written them in this run."""
+    agreed: bool = False
+    """With several processes: whether any rank's :meth:`requests_checkpoint` was true when the ranks last compared."""
+
     name: str = ""
     """The name under which its state is saved."""
+    _engine: weakref.ref[Engine] | None = None
+    _handles: Sequence[RemovableEventHandle] = ()
 
-    _attached: list[Listener]
+    @property
+    def engine(self) -> Any:
+        """The engine to which this handler is attached, or ``None``. The engine holds its handlers, not the reverse."""
+        return None if self._engine is None else self._engine()
 
     def attach(self, engine: Engine, name: str | None = None) -> Self:
-        """Opens every marked method at its events of ``engine``.
+        """Registers every marked method on its events of ``engine``.
 
         Args:
-            engine: a camshaft trainer, or any Ignite engine that fires the events in use.
+            engine: a camshaft trainer, or any Ignite engine that fires the handler's events.
             name: the name under which the state is saved; by default the class's name.
 
         Returns:
             The handler itself.
 
         Raises:
-            RuntimeError: where it is attached already.
-            TypeError: where ``engine`` is none, or ``saved`` or ``changes`` isn't a tuple of names.
-            ValueError: where the engine doesn't fire one of the events, the handler opens at none, a method can't be called,
-                ``changes`` names something else, or the name is taken.
+            RuntimeError: if the handler is attached already.
+            TypeError: if ``engine`` is not an Ignite engine, or ``saved`` or ``changes`` is not a tuple of names.
+            ValueError: if the engine does not fire one of the events, no method is marked with an event, a method cannot be
+                called by its event, ``changes`` names something else, or the name is taken.
         """
+        name = self._check_attachable(engine, name)
+        listeners = [item._replace(event=single) for item in self.listeners() for single in split(item.event)]
+        check_class(self, listeners)
+        check_listeners(self, engine, listeners)
+        self._engine, self.name = weakref.ref(engine), name
+        handlers_of(engine)[name] = self
+        try:
+            self.on_attach(engine)
+            # A handle refers to its function weakly, which does not work for bound methods: detach() finds those again.
+            handles = [(item.function, add_listener(engine, item)) for item in listeners]
+            self._handles = [handle for function, handle in handles if getattr(function, "__self__", None) is not self]
+            pending = getattr(engine, "unclaimed", {})
+            if name in pending:
+                self.load_state_dict(pending.pop(name))
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def _check_attachable(self, engine: Engine, name: str | None) -> str:
+        """Checks that the handler can be attached to ``engine``, and returns the name it will have there."""
         if self.engine is not None:
             raise RuntimeError(f"{type(self).__name__} is attached already; call detach() first")
         if not isinstance(engine, Engine):
@@ -125,53 +157,32 @@ class Handler:
         if self.needs_trainer and not hasattr(engine, "phases"):
             raise TypeError(f"{type(self).__name__} needs a trainer from create_trainer(), got {type(engine).__name__}")
         name = name or self.default_name()
-        registry = handlers_of(engine)
-        if name in registry:
+        if name in handlers_of(engine):
             raise ValueError(
                 f"a handler named {name!r} is attached already; "
-                f"give this {type(self).__name__} another: attach(engine, name='{name}2')"
+                f"give this {type(self).__name__} another name: attach(engine, name='{name}2')"
             )
-        listeners = [item._replace(event=single) for item in self.listeners() for single in split(item.event)]
-        check_class(self, listeners)
-        for event in (single for item in listeners for single in split(item.event)):
-            if not engine.has_registered_events(event):
-                raise ValueError(
-                    f"{type(self).__name__} opens at {event.name}, which this {type(engine).__name__} "
-                    "doesn't fire; attach it to an engine made by create_trainer()"
-                )
-        for item in listeners:
-            check_takes_engine(item.function, item.event)
-        self.engine, self.name, self._attached = engine, name, []
-        registry[name] = self
-        try:
-            self.on_attach(engine)
-            for item in listeners:
-                add(engine, item)
-                self._attached.append(item)
-            unclaimed = getattr(engine, "unclaimed", {})
-            if name in unclaimed:
-                self.load_state_dict(unclaimed.pop(name))
-        except BaseException:
-            self.detach()
-            raise
-        return self
+        return name
 
     def detach(self) -> None:
-        """Takes every method off the engine again; does nothing where the handler isn't attached."""
-        if self.engine is None:
+        """Removes every method from the engine; does nothing if the handler is not attached."""
+        engine, self._engine = self.engine, None
+        if engine is None:
             return
-        engine, listeners = self.engine, self._attached
-        for item in listeners:
-            if engine.has_event_handler(item.function, item.event):
-                engine.remove_event_handler(item.function, item.event)
+        for item in self.listeners():
+            for event in split(item.event):
+                if engine.has_event_handler(item.function, event):
+                    engine.remove_event_handler(item.function, event)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
         handlers_of(engine).pop(self.name, None)
-        self._attached = []
         self.on_detach(engine)
-        self.engine, self.name = None, ""
+        self.name = ""
 
     @contextmanager
     def attached(self, engine: Engine, name: str | None = None) -> Iterator[Self]:
-        """Attaches for the length of a ``with`` block."""
+        """Attaches the handler inside a ``with`` block."""
         self.attach(engine, name)
         try:
             yield self
@@ -179,7 +190,7 @@ class Handler:
             self.detach()
 
     def listeners(self) -> Iterator[Listener]:
-        """Every (event, bound method, place) of this handler; a subclass may add those that depend on its arguments."""
+        """Yields every (event, bound method, priority); a subclass may add those that depend on its arguments."""
         for attribute in dict.fromkeys(name for cls in type(self).__mro__ for name in vars(cls)):
             marked = next((m for m in _definitions(type(self), attribute) if hasattr(m, "_marks")), None)
             if marked is not None:
@@ -187,17 +198,26 @@ class Handler:
                     yield Listener(event, getattr(self, attribute), marked._priority)
 
     def on_attach(self, engine: Any) -> None:
-        """Called before the methods are attached: checks and settings that need the engine."""
+        """Called before the methods are registered, for checks and settings that need the engine."""
 
     def on_detach(self, engine: Any) -> None:
-        """Called after the methods have been taken off."""
+        """Called after the methods have been removed."""
+
+    @property
+    def longest_save(self) -> float:
+        """The duration of the longest checkpoint that this handler has written, in seconds."""
+        return 0.0
+
+    def requests_checkpoint(self, engine: Any) -> bool:
+        """Whether this rank needs something that all ranks must do together at the end of this iteration."""
+        return False
 
     def default_name(self) -> str:
-        """The name under which the state is saved where ``attach`` is given none."""
+        """The name under which the state is saved if ``attach`` is given none."""
         return type(self).__name__
 
     def describe(self) -> str:
-        """A few words for ``trainer.explain()``: the class, behind another name that it was given."""
+        """A short description for ``trainer.explain()``: the class, after its name if that is another."""
         kind = type(self).__name__
         name = self.name or kind
         return name if name.startswith(kind) else f"{name}: {kind}"
@@ -206,8 +226,8 @@ class Handler:
         """The attributes named in ``saved``, as tensors and plain values.
 
         Raises:
-            AttributeError: where one of them isn't set.
-            TypeError: where an attribute holds something that a checkpoint can't carry.
+            AttributeError: if one of them is not set.
+            TypeError: if an attribute holds something that a checkpoint cannot carry.
         """
         return {attribute: pack(self._saved(attribute), f"{type(self).__name__}.{attribute}") for attribute in self.saved}
 
@@ -216,12 +236,12 @@ class Handler:
             return getattr(self, attribute)
         except AttributeError as error:
             raise AttributeError(
-                f"{type(self).__name__}.saved names {attribute!r}, which isn't set ({error}); set it in __init__, or at "
+                f"{type(self).__name__}.saved names {attribute!r}, which is not set ({error}); set it in __init__, or at "
                 "Events.STARTED at the latest"
             ) from error
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the attributes named in ``saved``; what the checkpoint doesn't know stays as it is."""
+        """Sets the attributes named in ``saved``; those that are missing from ``state`` keep their values."""
         for attribute in self.saved:
             if attribute in state:
                 current = getattr(self, attribute, None)
@@ -232,11 +252,15 @@ class Handler:
 
 
 def check_class(handler: Handler, listeners: list[Listener]) -> None:
-    """Raises where a handler's class can't be meant as it is: it would do nothing, or its state would be lost.
+    """Checks a handler's class for mistakes that would make it do nothing or lose its state.
 
     Args:
         handler: the handler.
-        listeners: all of its own.
+        listeners: its listeners.
+
+    Raises:
+        TypeError: if ``saved`` or ``changes`` is not a tuple of names.
+        ValueError: if ``changes`` names something else, or no method is marked with an event.
     """
     kind = type(handler)
     for attribute in ("saved", "changes"):
@@ -253,33 +277,45 @@ def check_class(handler: Handler, listeners: list[Listener]) -> None:
     acts_otherwise = any(getattr(kind, name) is not getattr(Handler, name) for name in ("listeners", "on_attach", "on_detach"))
     if not listeners and not acts_otherwise and (hooks or not carries_state):
         raise ValueError(
-            f"{kind.__name__} opens at no event; mark a method with its event, such as @on(Events.EPOCH_COMPLETED)"
-            + (f". Nobody calls {hooks[0]}(); a callback made for Keras is attached by KerasStyle(callback)" if hooks else "")
+            f"{kind.__name__} runs on no event; mark a method with its event, such as @on(Events.EPOCH_COMPLETED)"
+            + (f". Nothing calls {hooks[0]}(); to use a Keras callback, attach KerasStyle(callback)" if hooks else "")
         )
 
 
+def check_listeners(handler: Handler, engine: Engine, listeners: list[Listener]) -> None:
+    """Raises ``ValueError`` if ``engine`` does not fire one of the events, or an event cannot call its method."""
+    for item in listeners:
+        for event in split(item.event):
+            if not engine.has_registered_events(event):
+                raise ValueError(
+                    f"{type(handler).__name__} runs on {event.name}, which this {type(engine).__name__} "
+                    "does not fire; attach it to an engine made by create_trainer()"
+                )
+        check_takes_engine(item.function, item.event)
+
+
 def check_takes_engine(function: Callable[..., Any], event: Any, *args: Any, **kwargs: Any) -> None:
-    """Raises ``ValueError`` where a function can't be called by an event: with the engine, or with nothing.
+    """Raises ``ValueError`` if an event cannot call a function, neither with the engine nor without arguments.
 
     Args:
         function: the handler.
         event: the event, or events joined by ``|``.
-        args: what the user wants to be handed on, too.
-        kwargs: the same by name.
+        args: further arguments that the user has registered.
+        kwargs: further keyword arguments.
     """
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # Ignite has its own words for what can't be called at all
+    except (TypeError, ValueError):  # Ignite raises its own error for what is not callable
         return
     for single in event if isinstance(event, EventsList) else (event,):
-        moment = str(getattr(single, "name", single))
-        told = TOLD.get(moment)
-        rest = (*([] if told is None else [told]), *args)
+        name_of_event = str(getattr(single, "name", single))
+        extra = EXTRA_ARGUMENTS.get(name_of_event)
+        rest = (*([] if extra is None else [extra]), *args)
         if not (_binds(signature, "engine", *rest, **kwargs) or _binds(signature, *rest, **kwargs)):
             takes = ", ".join(["engine", *map(str, rest), *(f"{name}={value}" for name, value in kwargs.items())])
             name = getattr(function, "__qualname__", type(function).__name__)
             raise ValueError(
-                f"{name} can't be called at {moment}: a handler takes ({takes}), this one takes "
+                f"{name} can't be called at {name_of_event}: a handler takes ({takes}), this one takes "
                 f"{signature}" + ("; the batch is engine.state.batch" if "batch" in signature.parameters else "")
             )
 
@@ -293,27 +329,27 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 
 
 def _definitions(cls: type, attribute: str) -> Iterator[Any]:
-    """What each class in the order of inheritance defines under this name."""
+    """What each class defines under this name, in method resolution order."""
     return (vars(base)[attribute] for base in cls.__mro__ if attribute in vars(base))
 
 
 def handlers_of(engine: Engine) -> dict[str, Handler]:
-    """The handlers of this package on an engine, by name: a trainer's own table, or one kept on any Ignite engine."""
+    """The camshaft handlers attached to an engine, by name."""
     table: dict[str, Handler] = engine.__dict__.setdefault("handlers", {})
     return table
 
 
-def add(engine: Engine, listener: Listener) -> None:
-    """Adds one method to an engine; one that knows places puts it in the right one."""
-    at = getattr(engine, "add_event_handler_at", None)
-    if at is None:
-        engine.add_event_handler(listener.event, listener.function)
-    else:
-        at(listener.priority, listener.event, listener.function)
+def add_listener(engine: Engine, listener: Listener) -> RemovableEventHandle:
+    """Registers one method on an engine, with its priority if the engine supports priorities."""
+    add_at: Any = getattr(engine, "add_event_handler_at", None)
+    if add_at is None:
+        return engine.add_event_handler(listener.event, listener.function)
+    handle: RemovableEventHandle = add_at(listener.priority, listener.event, listener.function)
+    return handle
 
 
 def stop(engine: Engine, reason: str) -> None:
-    """Ends an engine's run; a trainer notes why in ``state.stop_reason``."""
+    """Ends an engine's run; a trainer records the reason in ``state.stop_reason``."""
     if hasattr(engine.state, "stop_reason"):
         engine.terminate(reason=reason)  # type: ignore[call-arg]
     else:

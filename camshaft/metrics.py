@@ -140,7 +140,7 @@ class MetricWatch:
         metrics = engine.state.metrics
         if self.metric in metrics:
             return
-        writers = [h for h in engine.handlers.values() if self.metric.startswith(getattr(h, "provides", "\0"))]
+        writers = [h for h in engine.handlers.values() if h.provides is not None and self.metric.startswith(h.provides)]
         if any(not writer.has_run for writer in writers):
             return  # an evaluation that sleeps for some epochs may yet write it
         known = ", ".join(map(repr, metrics)) or "none"

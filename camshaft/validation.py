@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -68,10 +70,20 @@ def name_of(function: Any) -> str:
     return described or getattr(function, "__qualname__", None) or type(function).__name__
 
 
-def check_count(value: Any, argument: str) -> None:
-    """Raises ``ValueError`` unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+def check_count(value: Any, argument: str, minimum: int = 1) -> int:
+    """An integer of at least ``minimum``; accepts whatever has ``__index__``, such as NumPy's integers.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    allowed = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = minimum - 1
+    if isinstance(value, (bool, np.bool_)) or number < minimum:
+        raise ValueError(f"{argument} must be {allowed}, got {value!r}")
+    return number
 
 
 def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:

@@ -18,7 +18,7 @@ RATE = 2.0**-5
 @pytest.fixture(autouse=True)
 def _taped(monkeypatch):
     """Records on the CPU; a module's tests do so where it imports this."""
-    monkeypatch.setitem(recordings.RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setitem(recordings.CAPTURERS, "cpu", TapeRecorder)
     monkeypatch.setattr(TapeRecorder, "made", 0)
     monkeypatch.setattr(TapeRecorder, "replays", 0)
 

@@ -53,7 +53,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """In the place of ``CudaRecorder``."""
+    """In the place of ``CudaCapturer``."""
 
     made = 0
     replays = 0

@@ -16,7 +16,7 @@ from camshaft.checkpoints.index import Entry, retained
 from camshaft.metrics import Metrics, MetricWatch, as_number, better
 from camshaft.models import preserve_training_mode, strip_wrapper_prefixes, unwrap, without_prefixes
 from camshaft.optimizers import group_rates
-from camshaft.pytree import map_tensors, prepare_pair, tensors, to_device
+from camshaft.pytree import detach, map_tensors, num_samples, prepare_pair, tensors, to_device
 from camshaft.rng import preserve_rng_state, restore_rng, rng_state
 
 NAN, INF = float("nan"), float("inf")

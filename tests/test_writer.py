@@ -75,10 +75,10 @@ def test_one_save_at_a_time(tmp_path, gate):
     opener.join()
 
 
-def test_settle_does_not_wait(tmp_path, gate):
+def test_report_if_done_does_not_wait(tmp_path, gate):
     writer = make(tmp_path, background=True)
     writer.write({"x": torch.zeros(1)}, entry(1))
-    assert writer.settle()
+    assert writer.report_if_done()
     assert not (tmp_path / file_name(1)).exists()
     gate.set()
     assert writer.wait()

@@ -1,25 +1,29 @@
-"""What a checkpoint holds of a phase, and how it goes on from that."""
+"""What a checkpoint holds of a phase."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from camshaft.distributed.dtensors import distribute_like
 from camshaft.models import unwrap
+from camshaft.protocols import PhaseLike
 from camshaft.validation import join_names, stateful
 
-if TYPE_CHECKING:
-    from camshaft.engines.phase import Phase
+__all__ = ["check_phase_state", "check_same_keys", "load_phase_state", "phase_state_dict", "sharding_reference"]
 
-__all__ = ["check_same_keys", "check_state", "load_state", "sharding_reference", "state_of"]
+NOT_RESTORED = ("foreach", "fused", "capturable")
+"""Settings of a parameter group that choose kernels; the present ones are kept."""
+
+MAY_DIFFER = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name", "param_names"}
+"""Entries of a parameter group that schedulers or users add."""
 
 
-def state_of(phase: Phase) -> dict[str, Any]:
-    """Everything of this phase that a checkpoint holds; an open window brings its gradients."""
+def phase_state_dict(phase: PhaseLike) -> dict[str, Any]:
+    """Everything of a phase that a checkpoint holds, including the gradients of an open window."""
     state: dict[str, Any] = {
         "module": dict(unwrap(phase.module).state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in phase.optimizers],
@@ -27,72 +31,60 @@ def state_of(phase: Phase) -> dict[str, Any]:
         "skipped_steps": phase.skipped_steps,
         "forward_passes": phase.forward_passes,
     }
-    if phase.scaler is not None:
-        state["scaler"] = phase.scaler.state_dict()
-    part = stateful(phase.objective)
-    if part is not None:
-        state["objective"] = dict(part.state_dict())
+    if phase.precision.scaler.is_enabled():
+        state["scaler"] = phase.precision.state_dict()
+    loss_module = stateful(phase.objective)
+    if loss_module is not None:
+        state["objective"] = dict(loss_module.state_dict())
     if phase.window_is_open:
-        gathered: dict[str, Any] = {"gradients": [p.grad for p in phase.parameters()]}
-        if phase.replicas is not None:
-            gathered = phase.replicas.gathered()
-        state["window"] = phase.window.state_dict() | gathered
+        state["window"] = phase.window.state_dict() | phase.gradient_sync.window_state(phase)
     return state
 
 
-def check_state(phase: Phase, state: Mapping[str, Any]) -> None:
-    """Raises where a state belongs to another model or optimizer; changes nothing.
-
-    Raises:
-        ValueError: names the keys or groups that differ.
-    """
+def check_phase_state(phase: PhaseLike, state: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if a state belongs to another model or optimizer, and names what differs; changes nothing."""
     check_same_keys(state["module"], unwrap(phase.module).state_dict(), f"yours (phase {phase.name!r})")
     saved = state["optimizers"]
     if len(saved) != len(phase.optimizers):
         raise ValueError(f"the checkpoint has {len(saved)} optimizers, phase {phase.name!r} has {len(phase.optimizers)}")
-    for old, optimizer in zip(saved, phase.optimizers, strict=True):
-        check_same_groups(old, optimizer, phase.name)
+    for optimizer_state, optimizer in zip(saved, phase.optimizers, strict=True):
+        check_same_groups(optimizer_state, optimizer, phase.name)
+    loss_module = stateful(phase.objective)
+    if loss_module is not None and "objective" in state:
+        check_same_keys(state["objective"], loss_module.state_dict(), f"the loss of phase {phase.name!r}")
 
 
-def sharding_reference(phase: Phase, name: str) -> torch.Tensor | None:
-    """What a tensor of :func:`state_of` is sharded as, by its place there, such as ``"module/0.weight"``."""
-    part, *place = name.split("/")
-    if part == "module":
-        found: torch.Tensor | None = unwrap(phase.module).state_dict().get("/".join(place))
-        return found
-    if part == "optimizers" and place[1] == "state":
-        held: list[torch.Tensor] = [p for group in phase.optimizers[int(place[0])].param_groups for p in group["params"]]
-        return held[int(place[2])]
-    return phase.parameters()[int(place[1])] if part == "window" and place[0] == "gradients" else None
-
-
-def load_state(phase: Phase, state: Mapping[str, Any]) -> None:
-    """Restores what :func:`state_of` gave and :func:`check_state` has found fitting."""
+def load_phase_state(phase: PhaseLike, state: Mapping[str, Any]) -> None:
+    """Restores a state that :func:`check_phase_state` has accepted."""
+    for optimizer_state, optimizer in zip(state["optimizers"], phase.optimizers, strict=True):
+        load_optimizer(optimizer, optimizer_state)
     own = unwrap(phase.module).state_dict()
     unwrap(phase.module).load_state_dict({name: distribute_like(value, own[name]) for name, value in state["module"].items()})
-    for saved, optimizer in zip(state["optimizers"], phase.optimizers, strict=True):
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        parts = {n: {name: distribute_like(v, held[n]) for name, v in part.items()} for n, part in saved["state"].items()}
-        groups = [with_kernels_of(*pair) for pair in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
-        optimizer.load_state_dict({"state": parts, "param_groups": groups})
-    if phase.scaler is not None and "scaler" in state:
-        phase.scaler.load_state_dict(state["scaler"])
-    part = stateful(phase.objective)
-    if part is not None and "objective" in state:
-        part.load_state_dict(state["objective"])
+    phase.precision.load_state_dict(state.get("scaler", {}))
+    loss_module = stateful(phase.objective)
+    if loss_module is not None and "objective" in state:
+        loss_module.load_state_dict(state["objective"])
     phase.optimizer_step = state["optimizer_step"]
     phase.skipped_steps = state["skipped_steps"]
     phase.forward_passes = state["forward_passes"]
-    if phase.capture is not None:
-        phase.capture.forget()
+    phase.execution.invalidate(phase)
     load_window(phase, state.get("window"))
 
 
-def load_window(phase: Phase, window: Mapping[str, Any] | None) -> None:
-    """Goes on with a window that was open, or with none."""
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Restores an optimizer, with its present choice of kernels."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {n: {key: distribute_like(v, parameters[n]) for key, v in state.items()} for n, state in saved["state"].items()}
+    groups = []
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        groups.append({**saved_group, **{name: group[name] for name in NOT_RESTORED if name in group}})
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def load_window(phase: PhaseLike, window: Mapping[str, Any] | None) -> None:
+    """Restores an open window with its gradients, or none."""
     phase.window.reset()
-    if phase.replicas is not None:
-        phase.replicas.forget()
+    phase.gradient_sync.discard(phase)
     phase.zero_grad()
     if window is None:
         return
@@ -101,13 +93,21 @@ def load_window(phase: Phase, window: Mapping[str, Any] | None) -> None:
         parameter.grad = None if gradient is None else distribute_like(gradient.to(parameter.device), parameter)
 
 
-def with_kernels_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's parameter group with the present choice of kernels: they are no part of what has been learned."""
-    return {**saved, **{name: group[name] for name in ("foreach", "fused", "capturable") if name in group}}
+def sharding_reference(phase: PhaseLike, name: str) -> torch.Tensor | None:
+    """The tensor whose sharding a tensor of :func:`phase_state_dict` has, by its path there, such as ``"module/0.weight"``."""
+    part, *path = name.split("/")
+    if part == "module":
+        found: torch.Tensor | None = unwrap(phase.module).state_dict().get("/".join(path))
+        return found
+    if part == "optimizers" and path[1] == "state":
+        groups = phase.optimizers[int(path[0])].param_groups
+        parameters: list[torch.Tensor] = [p for group in groups for p in group["params"]]
+        return parameters[int(path[2])]
+    return phase.parameters()[int(path[1])] if part == "window" and path[0] == "gradients" else None
 
 
 def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], model: str, source: str = "the checkpoint") -> None:
-    """Raises ``ValueError`` where a checkpoint's tensors aren't those of this model, and names the ones that differ.
+    """Raises ``ValueError`` if a checkpoint's tensors are not those of a model, and names those that differ.
 
     Args:
         saved: the tensors of the checkpoint.
@@ -131,15 +131,14 @@ def check_same_keys(saved: Mapping[str, Any], own: Mapping[str, Any], model: str
 
 
 def check_same_groups(saved: Mapping[str, Any], optimizer: Optimizer, phase: str) -> None:
-    """Raises ``ValueError`` where a checkpoint's optimizer has other groups, or is of another kind, than this one."""
+    """Raises ``ValueError`` if a checkpoint's optimizer has other groups, or is of another kind, than this one."""
     kind = f"the {type(optimizer).__name__} of phase {phase!r}"
     before = [len(group["params"]) for group in saved["param_groups"]]
     here = [len(group["params"]) for group in optimizer.param_groups]
     if before != here:
         raise ValueError(f"the checkpoint's optimizer has parameter groups of {before} tensors, {kind} has {here}")
-    scheduled = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name", "param_names"}
     for number, (old, new) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):
-        differ = (set(old) ^ set(new)) - scheduled
+        differ = (set(old) ^ set(new)) - MAY_DIFFER
         if differ:
             names = ", ".join(sorted(differ))
             raise ValueError(f"the checkpoint's optimizer is of another kind than {kind}: group {number} differs in {names}")

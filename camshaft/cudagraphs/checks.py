@@ -1,39 +1,37 @@
-"""What can be in a CUDA graph of the step, and what can't."""
+"""Whether models, inputs, optimizers and events can be part of a CUDA graph."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
 from camshaft.events import StepEvents
-from camshaft.optimizers import takes_tensor_rate
+from camshaft.optimizers import supports_tensor_lr
+from camshaft.protocols import PhaseLike
 from camshaft.pytree import is_strided
 from camshaft.validation import join_names
 
-if TYPE_CHECKING:
-    from camshaft.engines.phase import Phase
-
 __all__ = [
     "check_capturable",
-    "check_device",
     "check_input",
     "check_leaves",
     "check_outside",
-    "is_recordable",
-    "known",
+    "check_single_device",
+    "group_settings",
+    "is_capturable",
     "leaves_of",
-    "settings_of",
+    "setting_key",
 ]
 
 INSIDE = (StepEvents.FORWARD_COMPLETED.name, StepEvents.BACKWARD_STARTED.name)
 
 
 def check_outside(event: Any) -> None:
-    """Raises where an event would fire inside a graph."""
+    """Raises ``ValueError`` if an event would fire inside a graph."""
     name = getattr(event, "name", event)
     if name in INSIDE:
         raise ValueError(
@@ -43,32 +41,32 @@ def check_outside(event: Any) -> None:
 
 
 def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors whose gradient a loss makes."""
+    """The tensors for which the backward pass of a loss computes gradients."""
     found, seen, nodes = [], set(), [getattr(loss, "grad_fn", None)]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
+            nodes += [parent for parent, _ in node.next_functions]
             if hasattr(node, "variable"):
                 found.append(node.variable)
     return found
 
 
-def check_leaves(leaves: list[torch.Tensor], phase: Phase) -> None:
-    """Raises where gradients are made that no optimizer of the phase lets go of: a graph would write to them for ever."""
+def check_leaves(leaves: list[torch.Tensor], phase: PhaseLike) -> None:
+    """Raises ``ValueError`` if gradients are computed that no optimizer clears: a graph would add to them forever."""
     held = {id(parameter) for parameter in phase.parameters()}
     names = {id(p): name for name, p in phase.module.named_parameters()}
     others = [names.get(id(t), f"a tensor of shape {tuple(t.shape)}") for t in leaves if id(t) not in held]
     if others:
         raise ValueError(
-            f"capture=True: the loss also makes the gradients of {join_names(others, 3)}, which no optimizer of phase "
+            f"capture=True: the loss also computes gradients of {join_names(others, 3)}, which no optimizer of phase "
             f"{phase.name!r} trains. Freeze them with requires_grad_(False), or give them to the optimizer"
         )
 
 
-def check_device(phase: Phase) -> None:
-    """Raises where a model lies on more devices than its graphs would."""
+def check_single_device(phase: PhaseLike) -> None:
+    """Raises ``ValueError`` if a model is on more than one device."""
     named = dict(phase.module.named_parameters())
     elsewhere = [name for name, p in named.items() if p.device != next(iter(named.values())).device]
     if elsewhere:
@@ -76,7 +74,7 @@ def check_device(phase: Phase) -> None:
 
 
 def check_input(tensor: torch.Tensor, device: torch.device) -> None:
-    """Raises where a tensor of a batch can't be copied into a graph."""
+    """Raises ``ValueError`` if a tensor of a batch can't be copied into a graph."""
     shape = tuple(tensor.shape)
     if tensor.device.type != device.type:
         raise ValueError(
@@ -85,41 +83,43 @@ def check_input(tensor: torch.Tensor, device: torch.device) -> None:
         )
     if not is_strided(tensor):
         raise ValueError(
-            f"capture=True: a batch has a sparse or nested tensor of shape {shape}, whose memory is another in each batch; pad "
-            "it, or make it dense"
+            f"capture=True: a batch has a sparse or nested tensor of shape {shape}, whose memory layout varies; pad it, or "
+            "make it dense"
         )
     if tensor.grad_fn is not None:
         raise ValueError(
-            f"capture=True: prepare_batch gives a tensor of shape {shape} with a gradient to be made of it, outside the graph. "
+            f"capture=True: prepare_batch returns a tensor of shape {shape} with an autograd graph, outside the CUDA graph. "
             "Do that in the model or in compute_loss"
         )
 
 
 def check_capturable(optimizer: Optimizer) -> None:
-    """Raises where an optimizer could be recorded, but wasn't made for it."""
+    """Raises ``ValueError`` if an optimizer could be captured, but was made without ``capturable=True``."""
     if any(group.get("capturable") is False for group in optimizer.param_groups):
         name = type(optimizer).__name__
         raise ValueError(f"capture=True needs an optimizer that can be captured: make it with {name}(..., capturable=True)")
-    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps do
+    optimizer._warned_capturable_if_run_uncaptured = True  # the warm-up steps run uncaptured
 
 
-def is_recordable(optimizer: Optimizer) -> bool:
-    """Whether all that an optimizer does for a step is done by the device, and nobody listens in between."""
+def is_capturable(optimizer: Optimizer) -> bool:
+    """Whether the step of an optimizer runs on the device alone, without hooks."""
     hooks: list[Any] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     hooks += [optimizer_hooks._global_optimizer_pre_hooks, optimizer_hooks._global_optimizer_post_hooks]
     on_device = type(optimizer) is SGD or all(group.get("capturable") for group in optimizer.param_groups)
     return on_device and not any(hooks)
 
 
-def settings_of(optimizer: Optimizer) -> Hashable:
-    """Whatever a recorded step knows of an optimizer's parameter groups."""
-    apart = ("params", "param_names", "lr") if takes_tensor_rate(optimizer) else ("params", "param_names")
-    groups = optimizer.param_groups
-    return tuple((len(g["params"]), *[(name, known(value)) for name, value in g.items() if name not in apart]) for g in groups)
+def group_settings(optimizer: Optimizer) -> Hashable:
+    """The settings of an optimizer's parameter groups that a captured step depends on."""
+    excluded = ("params", "param_names", "lr") if supports_tensor_lr(optimizer) else ("params", "param_names")
+    return tuple(
+        (len(group["params"]), *[(name, setting_key(value)) for name, value in group.items() if name not in excluded])
+        for group in optimizer.param_groups
+    )
 
 
-def known(setting: Any) -> Hashable:
-    """What a graph keeps of a setting: of a tensor on its device the place, of anything else the value."""
+def setting_key(setting: Any) -> Hashable:
+    """What a graph captures of a setting: the identity of a tensor on its device, the value of anything else."""
     if isinstance(setting, torch.Tensor) and setting.device.type == "cpu":
         return tuple(setting.reshape(-1).tolist())
     return setting if isinstance(setting, Hashable) else repr(setting)

@@ -1,4 +1,4 @@
-"""Work on a device that is recorded once as a CUDA graph, and replayed in one launch from then on."""
+"""CUDA graphs of work on a device: captured once, then replayed in one launch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 
 from camshaft.rng import raw_rng_state
 
-__all__ = ["CudaRecorder", "Kind", "RECORDERS", "Recording", "Recordings"]
+__all__ = ["CAPTURERS", "CapturedGraph", "CudaCapturer", "GraphCache", "Kind"]
 
-WARM_UP = 3
-"""How often work of one form runs as ever before it is recorded, while libraries choose kernels and optimizers make states."""
+WARMUPS = 3
+"""The number of eager runs before a capture, in which libraries choose kernels and optimizers create their states."""
 
-MOST_FORMS = 16
-"""In how many forms a kind of work is met before further ones are left alone: so much variety isn't static."""
+MAX_SIGNATURES = 16
+"""The number of signatures of one kind of work that are captured; any further ones run eagerly."""
 
-NEVER = float("-inf")
-"""The count of work that is never recorded."""
+DISABLED = float("-inf")
+"""The count of work that is never captured."""
 
 
-class CudaRecorder:
-    """Records what functions do on a CUDA device; all its recordings share one pool of memory.
+class CudaCapturer:
+    """Captures the work of functions on a CUDA device; all its graphs share one memory pool.
 
-    Threads that load data go on meanwhile: only what this thread does can spoil a recording.
+    Threads that load data may continue meanwhile: only this thread can invalidate a capture.
 
     Args:
         device: the device.
@@ -36,132 +36,142 @@ class CudaRecorder:
         self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays the work, and what it has returned, in tensors that each replay writes to; it doesn't run by this."""
+        """Captures the work without running it. Returns its replay, and its results in tensors that each replay overwrites."""
         graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        present = torch.cuda.current_stream(self.device)  # where recording fails, torch leaves the other stream the current one
-        with torch.cuda.device(self.device), torch.cuda.stream(present), recording:
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        present = torch.cuda.current_stream(self.device)  # if the capture fails, torch does not restore the current stream
+        with torch.cuda.device(self.device), torch.cuda.stream(present), capture:
             results = work()
         return graph.replay, results
 
 
-RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaRecorder}
-"""What records, by the type of device."""
+CAPTURERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaCapturer}
+"""The capturer for each type of device."""
 
 
 class Kind(NamedTuple):
-    """A kind of work that is recorded by itself."""
+    """A kind of work that has graphs of its own."""
 
     name: str
-    forms: str
-    """What its forms are told apart by, and how to have few of them."""
+    signature: str
+    """What distinguishes its signatures, and how to have few of them."""
 
 
-class Recording(NamedTuple):
+class CapturedGraph(NamedTuple):
     """Work that can be replayed."""
 
     replay: Callable[[], None]
     inputs: list[torch.Tensor]
-    """What the work reads, to be filled before a replay."""
+    """The input tensors, to be filled before each replay."""
     results: Any
-    """What the work has returned, written anew by each replay."""
+    """What the work returned; each replay overwrites it."""
     held: list[torch.Tensor]
-    """What else it reads or writes, so that its memory outlasts the recording."""
+    """The other tensors that it reads or writes, kept alive as long as the graph."""
 
 
-class Recordings:
-    """Recorded work by its kind and form; which is recorded when it has run as ever :data:`WARM_UP` times.
+class GraphCache:
+    """The captured graphs by kind of work and input signature. Work is captured after :data:`WARMUPS` eager runs.
 
     Args:
-        recorder: records on the device.
-        whose: whose work it is, for messages.
+        capturer: captures work on the device.
+        owner: whose work it is, for messages.
     """
 
-    def __init__(self, recorder: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]], whose: str) -> None:
-        self._record_on_device, self._whose = recorder, whose
-        self._met: dict[Kind, dict[Hashable, float]] = {}
-        self._made: dict[tuple[Kind, Hashable], Recording] = {}
-        self._varied: set[Kind] = set()
+    def __init__(self, capturer: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]], owner: str) -> None:
+        self._capture_on_device, self._owner = capturer, owner
+        self._runs: dict[Kind, dict[Hashable, float]] = {}
+        self._graphs: dict[tuple[Kind, Hashable], CapturedGraph] = {}
+        self._warned: set[Kind] = set()
 
-    def is_due(self, kind: Kind, form: Hashable) -> bool:
-        """Counts that work of a form has been met, and says whether it has run often enough as ever."""
-        met = self._met.setdefault(kind, {})
-        if form not in met and len(met) == MOST_FORMS:
-            self._warn_of_forms(kind)
-            for other in [other for other in met if (kind, other) not in self._made]:
-                del met[other]  # it has come too seldom to be recorded
-            if len(met) == MOST_FORMS:
-                return False
-        met[form] = met.get(form, 0) + 1
-        return met[form] > WARM_UP
-
-    def _warn_of_forms(self, kind: Kind) -> None:
-        if kind not in self._varied:
-            self._varied.add(kind)
-            warnings.warn(
-                f"capture=True: {kind.name} of {self._whose} has come in more than {MOST_FORMS} forms; those that come too "
-                f"seldom run without a graph. Forms are told apart by {kind.forms}",
-                stacklevel=2,
-            )
-
-    def is_next(self, kind: Kind, form: Hashable) -> bool:
-        """Whether work of a form has run for the last time before it is due."""
-        return self._met.get(kind, {}).get(form) == WARM_UP
-
-    def leave_alone(self, kind: Kind, form: Hashable) -> None:
-        """Throws a recording away, and has work of its form run as ever."""
-        del self._made[kind, form]
-        self._met[kind][form] = NEVER
-
-    def get(self, kind: Kind, form: Hashable) -> Recording | None:
-        """The recording of a form, if there is one."""
-        return self._made.get((kind, form))
-
-    def record(
-        self,
-        kind: Kind,
-        form: Hashable,
-        work: Callable[[], Any],
-        inputs: list[torch.Tensor],
-        held: list[torch.Tensor],
-    ) -> Recording:
-        """Records some work, which doesn't run by this.
+    def should_capture(self, kind: Kind, key: Hashable) -> bool:
+        """Counts a run of some work, and returns whether its eager runs are over.
 
         Args:
             kind: the kind of work.
-            form: its form.
+            key: its input signature.
+        """
+        runs = self._runs.setdefault(kind, {})
+        if key not in runs and len(runs) == MAX_SIGNATURES:
+            self._warn_of_signatures(kind)
+            for other in [other for other in runs if (kind, other) not in self._graphs]:
+                del runs[other]  # too rare to be captured
+            if len(runs) == MAX_SIGNATURES:
+                return False
+        runs[key] = runs.get(key, 0) + 1
+        return runs[key] > WARMUPS
+
+    def _warn_of_signatures(self, kind: Kind) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(
+                f"capture=True: {kind.name} of {self._owner} has more than {MAX_SIGNATURES} input signatures; the rare ones "
+                f"run without a graph. Signatures differ by {kind.signature}",
+                stacklevel=2,
+            )
+
+    def is_last_warmup(self, kind: Kind, key: Hashable) -> bool:
+        """Whether the last counted run was the last eager one before the capture."""
+        return self._runs.get(kind, {}).get(key) == WARMUPS
+
+    def disable(self, kind: Kind, key: Hashable) -> None:
+        """Discards a graph, and makes its work run eagerly from now on."""
+        del self._graphs[kind, key]
+        self._runs[kind][key] = DISABLED
+
+    def get(self, kind: Kind, key: Hashable) -> CapturedGraph | None:
+        """The graph for a signature, if it has been captured."""
+        return self._graphs.get((kind, key))
+
+    def capture(
+        self,
+        kind: Kind,
+        key: Hashable,
+        work: Callable[[], Any],
+        inputs: list[torch.Tensor],
+        held: list[torch.Tensor],
+    ) -> CapturedGraph:
+        """Captures some work, without running it.
+
+        Args:
+            kind: the kind of work.
+            key: its input signature.
             work: does it.
-            inputs: what it reads that is filled before each replay.
-            held: what else it reads or writes.
+            inputs: the input tensors that are filled before each replay.
+            held: the other tensors that it reads or writes.
 
         Raises:
-            RuntimeError: where it can't be recorded; says what is in the way.
+            RuntimeError: if it can't be captured; says why.
         """
-        before, outside = host_generators(), sys.exc_info()[1]
+        generators, outer = host_generators(), sys.exc_info()[1]
         try:
-            replay, results = self._record_on_device(work)
+            replay, results = self._capture_on_device(work)
         except Exception as error:
-            first: BaseException = error
-            while first.__context__ not in (None, outside):  # what has spoilt the recording, before its end failed
-                first = first.__context__
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
+            cause = first_cause(error, outer)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             raise RuntimeError(
-                f"capture=True: {kind.name} of {self._whose} can't be recorded as a CUDA graph: {first}\nNothing in it may "
+                f"capture=True: {kind.name} of {self._owner} can't be captured as a CUDA graph: {cause}\nNothing in it may "
                 "wait for the device or read its values (.item(), print, a boolean mask, torch.tensor(...) of numbers); the "
                 "first error above names the line. Or leave capture out"
             ) from error
-        if host_generators() != before:
+        if host_generators() != generators:
             raise RuntimeError(
-                f"capture=True: {kind.name} of {self._whose} draws random numbers on the host, which a graph would "
-                "repeat for ever; draw them on the device, or in the data loader"
+                f"capture=True: {kind.name} of {self._owner} draws random numbers on the host, which a graph would "
+                "repeat forever; draw them on the device, or in the data loader"
             )
-        self._made[kind, form] = Recording(replay, inputs, results, held)
-        return self._made[kind, form]
+        self._graphs[kind, key] = CapturedGraph(replay, inputs, results, held)
+        return self._graphs[kind, key]
+
+
+def first_cause(error: BaseException, outer: BaseException | None) -> BaseException:
+    """The first exception of a chain: the one that has invalidated the capture, before ending it failed too."""
+    while error.__context__ not in (None, outer):
+        error = error.__context__
+    return error
 
 
 def host_generators() -> list[Any]:
-    """The states of the random number generators on the host, to be compared."""
+    """The states of the host's random number generators, for comparison."""
     states = raw_rng_state()
     _, keys, position, *_ = states.numpy
     return [states.python, bytes(keys), position, bytes(states.torch.numpy())]

@@ -1,291 +1,321 @@
-"""The step as CUDA graphs, with every event but those inside the passes at its moment."""
+"""Execution of a phase as CUDA graphs: the passes, the clipping and the optimizer step, each captured once and replayed."""
 
 from __future__ import annotations
 
 import operator
 import warnings
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from camshaft.cudagraphs.checks import (
     check_capturable,
-    check_device,
     check_input,
     check_leaves,
-    is_recordable,
+    check_outside,
+    check_single_device,
+    group_settings,
+    is_capturable,
     leaves_of,
-    settings_of,
 )
-from camshaft.cudagraphs.graphs import RECORDERS, Kind, Recording, Recordings
-from camshaft.cudagraphs.guards import Surroundings
-from camshaft.optimizers import DeviceRates
+from camshaft.cudagraphs.graphs import CAPTURERS, CapturedGraph, GraphCache, Kind
+from camshaft.cudagraphs.guards import Guards
+from camshaft.grad_norms import GradNorms
+from camshaft.optimizers import TensorLRs
+from camshaft.protocols import PhaseLike
 from camshaft.pytree import map_tensors, signature
 
-if TYPE_CHECKING:
-    from camshaft.engines.phase import Phase
-    from camshaft.engines.trainer import Trainer
-
-__all__ = ["Capture"]
+__all__ = ["CudaGraphExecution"]
 
 PASSES = Kind(
     "the forward and backward pass",
-    "the shapes of the batch and what of it is no tensor; pad batches to a few lengths, and make numbers that vary tensors",
+    "the shapes of the batch and everything in it that is not a tensor; pad batches to a few lengths, and turn numbers that "
+    "vary into tensors",
 )
 CLIPPING = Kind("the clipping", "its bounds")
 STEP = Kind(
     "the optimizer step",
-    "the settings of the parameter groups; keep betas and momentum still (cycle_momentum=False), and where the learning rate "
+    "the settings of the parameter groups; keep betas and momentum constant (cycle_momentum=False), and if the learning rate "
     "changes with each step use Adam, AdamW or SGD(..., fused=True), which read it on the device",
 )
 
-OFTEN = 10
-"""How often graphs are thrown away before a warning says so."""
+MAX_INVALIDATIONS = 10
+"""The number of invalidations after which a warning reports them."""
 
 
-class Capture:
-    """The passes, the clipping and the optimizer step of a phase as CUDA graphs.
+class CudaGraphExecution:
+    """Runs the passes, the clipping and the optimizer step of a phase as CUDA graphs.
 
-    Each is a graph of its own, so that what listens between them runs as ever, and each is recorded in every form in which
-    it comes: a graph holds what the device does, and repeats whatever Python decided on the way. Work of a form that is met
-    too seldom runs without a graph, with the same numbers.
+    Each is a graph of its own, so that the handlers between them run as usual. Each is captured once per input signature: a
+    graph holds the work of the device, and repeats whatever Python decided at capture. Work whose signature is rare runs
+    eagerly, with the same numbers.
 
-    A graph reads and writes the same memory each time. Batches are copied into it, results out of it, and every window's
-    gradients live in it (:attr:`home`), wherever they were made.
+    A graph always reads and writes the same memory. Batches are copied into it, results out of it, and the gradients of every
+    window end up in it (:attr:`static_grads`), wherever they were computed.
 
     Args:
         phase: the phase.
 
     Raises:
-        ValueError: where its device has no graphs, or an optimizer that could be captured wasn't made for it.
+        ValueError: if the phase's device has no graphs, or an optimizer was not made with ``capturable=True``.
     """
 
-    def __init__(self, phase: Phase) -> None:
-        recorder = RECORDERS.get(phase.device.type)
-        if recorder is None:
+    def __init__(self, phase: PhaseLike) -> None:
+        capturer = CAPTURERS.get(phase.device.type)
+        if capturer is None:
             raise ValueError(
                 f"capture=True records CUDA graphs: the model must be on a CUDA device, but it is on {phase.device}"
             )
         for optimizer in phase.optimizers:
             check_capturable(optimizer)
-        self.phase, self._recorder = phase, recorder
-        check_device(phase)
-        self._forgotten = 0
-        self.forget()
+        check_single_device(phase)
+        self._capturer = capturer
+        self._invalidations = 0
+        self._steps_are_captured = captures_steps(phase)
+        self.invalidate(phase)
 
-    def forget(self, because: str | None = None) -> None:
-        """Throws all recordings away: what they read or write is elsewhere now, or isn't the same.
+    def invalidate(self, phase: PhaseLike, reason: str | None = None) -> None:
+        """Discards all graphs, because the memory or the settings they rely on have changed.
 
         Args:
-            because: what has changed while they were in use; where that happens over and over, a warning says it.
+            phase: the phase.
+            reason: what has changed while the graphs were in use; if that happens again and again, a warning reports it.
         """
-        self._forgotten += because is not None
-        if self._forgotten == OFTEN:
+        self._invalidations += reason is not None
+        if self._invalidations == MAX_INVALIDATIONS:
             warnings.warn(
-                f"capture=True: the graphs of phase {self.phase.name!r} have been thrown away {OFTEN} times, lastly because "
-                f"{because}; until they are recorded anew it runs without",
+                f"capture=True: the graphs of phase {phase.name!r} have been invalidated {MAX_INVALIDATIONS} times, most "
+                f"recently because {reason}; until they are captured again the phase runs without",
                 stacklevel=2,
             )
-        self.recordings = Recordings(self._recorder(self.phase.device), f"phase {self.phase.name!r}")
-        self.home: list[torch.Tensor | None] = []
-        """For each parameter of the phase, the gradient that the graphs know; ``None`` for one without."""
-        self.is_home = False
-        """Whether the open window's gradients are these."""
-        self._home_places: list[int] = []
-        self._rates = DeviceRates(self.phase.optimizers, self.phase.device)
-        self._surroundings: Surroundings | None = None
-        self._leaves: dict[Hashable, list[torch.Tensor]] = {}  # whose gradients a pass made that is going to be recorded
+        self.graphs = GraphCache(self._capturer(phase.device), f"phase {phase.name!r}")
+        self.static_grads: list[torch.Tensor | None] = []
+        """For each parameter of the phase the gradient that the graphs write; ``None`` for a parameter without one."""
+        self.grads_are_static = False
+        """Whether the gradients of the open window are these."""
+        self._static_addresses: list[int] = []
+        self._lrs = TensorLRs(phase.optimizers, phase.device)
+        self._guards: Guards | None = None
+        self._leaves: dict[Hashable, list[torch.Tensor]] = {}  # the leaves of the last eager pass before a capture
 
-    @property
-    def records_steps(self) -> bool:
-        """Whether the optimizers' step can be recorded."""
-        return all(is_recordable(optimizer) for optimizer in self.phase.optimizers)
+    def check_event(self, event: Any) -> None:
+        """Raises ``ValueError`` if an event fires inside a graph, where no handler can run."""
+        check_outside(event)
+
+    def check_distributed(self) -> None:
+        """Raises ``RuntimeError``: communication between processes is not captured."""
+        raise RuntimeError(
+            "capture=True is for one process: what the processes send each other can't be captured; leave it out"
+        )
+
+    def describe(self) -> str:
+        """A few words for ``trainer.explain()``."""
+        return "as CUDA graphs" if self._steps_are_captured else "as CUDA graphs (except the optimizer step)"
 
     # -- the passes ---------------------------------------------------------------------------------------------------
 
-    def passes(self, engine: Trainer, prepared: Any, weight: Any) -> None:
-        """One batch forward and backward: leaves ``state.loss``, ``state.y_pred`` and gradients, as without a graph."""
-        phase, state, first = self.phase, engine.state, self.phase.window.batches == 0
-        self._look_around(at_weights=True)
+    def forward_backward(self, phase: PhaseLike, engine: Any, prepared: Any, weight: Any) -> None:
+        """Runs one batch forward and backward; sets ``state.loss``, ``state.y_pred`` and the gradients as in eager mode."""
+        state, is_first = engine.state, phase.window.is_empty
+        self._check_cheap_guards(phase, with_weights=True)
         given: list[torch.Tensor] = []
         inputs = prepared, state.x, state.y, weight
-        key = first, phase.window.length, phase.autocast, phase.scaler, signature(inputs, given)
-        recording = None
-        if self.recordings.is_due(PASSES, key) and (self._are_none() if first else self._are_home()):
-            recording = self.recordings.get(PASSES, key) or self._record_passes(engine, inputs, given, key)
-        if recording is None:
+        key = is_first, phase.window.length, phase.precision, signature(inputs, given)
+        graph = None
+        if self.graphs.should_capture(PASSES, key) and (grads_are_none(phase) if is_first else self._has_static_grads(phase)):
+            graph = self.graphs.get(PASSES, key) or self._capture_passes(phase, engine, inputs, given, key)
+        if graph is None:
             phase.forward(engine, prepared)
-            if self.recordings.is_next(PASSES, key):
+            if self.graphs.is_last_warmup(PASSES, key):
                 self._leaves[key] = leaves_of(state.loss)
             phase.backward(state, weight)
-            if first:
-                self._bring_home()
+            if is_first:
+                self._copy_to_static_grads(phase)
             return
         if given:
             with torch.no_grad():
-                torch._foreach_copy_(recording.inputs, given)
-        recording.replay()
-        state.loss, state.y_pred, losses = map_tensors(torch.clone, recording.results)
+                torch._foreach_copy_(graph.inputs, given)
+        graph.replay()
+        state.loss, state.y_pred, losses = map_tensors(torch.clone, graph.results)
         state.losses.update(losses)
-        if first:
-            self._put_gradients(self.home)
-            self.is_home = True
+        if is_first:
+            set_grads(phase, self.static_grads)
+            self.grads_are_static = True
 
-    def _record_passes(self, engine: Trainer, inputs: Any, given: list[torch.Tensor], key: Hashable) -> Recording | None:
-        """Records the passes; ``None`` where they train other parameters than the graphs that there are."""
-        phase, state, first = self.phase, engine.state, self.phase.window.batches == 0
+    def _capture_passes(
+        self, phase: PhaseLike, engine: Any, inputs: Any, given: list[torch.Tensor], key: Hashable
+    ) -> CapturedGraph | None:
+        """Captures the passes; ``None`` if they train other parameters than the existing graphs."""
+        state, is_first = engine.state, phase.window.is_empty
         for tensor in given:
             check_input(tensor, phase.device)
-        fixed = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given]
-        following = iter(fixed)
-        prepared, x, y, weight = map_tensors(lambda _: next(following), inputs)
-
+        static_inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given]
+        remaining = iter(static_inputs)
+        prepared, x, y, weight = map_tensors(lambda _: next(remaining), inputs)
         leaves: list[torch.Tensor] = []
 
-        def work() -> Any:
+        def run_passes() -> Any:
             phase.forward(engine, prepared)
             leaves[:] = leaves_of(state.loss)
             phase.backward(state, weight)
-            if first and self.home:
-                self._bring_home()
+            if is_first and self.static_grads:
+                self._copy_to_static_grads(phase)
             return state.loss, state.y_pred, dict(state.losses)
 
-        kept = state.x, state.y, state.losses
-        before = [p.grad for p in phase.parameters()]
+        outer = state.x, state.y, state.losses
+        grads_before = [p.grad for p in phase.parameters()]
         state.x, state.y, state.losses = x, y, {}
         try:
-            recording = self._record(PASSES, key, work, fixed)
+            graph = self._capture(phase, PASSES, key, run_passes, static_inputs)
         except BaseException:
-            self._put_gradients(before)
+            set_grads(phase, grads_before)
             raise
         finally:
-            state.x, state.y, state.losses = kept
-        if recording is None:
+            state.x, state.y, state.losses = outer
+        if graph is None:
             return None
-        met = {id(leaf) for leaf in self._leaves.pop(key, ())}
-        check_leaves([leaf for leaf in leaves if id(leaf) in met], phase)  # others are made by the pass itself
-        if first and not self.home:
-            self.home = [p.grad for p in phase.parameters()]
-            self._home_places = places_of(self.home)
-        if any(p.grad is not home for p, home in zip(phase.parameters(), self.home, strict=True)):
-            self.recordings.leave_alone(PASSES, key)
-            self._put_gradients(before)
+        known = {id(leaf) for leaf in self._leaves.pop(key, ())}
+        check_leaves([leaf for leaf in leaves if id(leaf) in known], phase)  # the pass itself creates any others
+        if is_first and not self.static_grads:
+            self.static_grads = [p.grad for p in phase.parameters()]
+            self._static_addresses = addresses(self.static_grads)
+        if any(p.grad is not static for p, static in zip(phase.parameters(), self.static_grads, strict=True)):
+            self.graphs.disable(PASSES, key)
+            set_grads(phase, grads_before)
             return None
-        return recording
+        return graph
 
     # -- the gradients ------------------------------------------------------------------------------------------------
 
-    def _bring_home(self) -> None:
-        """Moves gradients that were made elsewhere to where the graphs know them, if they are of the same parameters."""
-        parameters = self.phase.parameters()
-        made = [p.grad for p in parameters]
-        self.is_home = [gradient is None for gradient in made] == [home is None for home in self.home]
-        away = [(home, g) for home, g in zip(self.home, made, strict=True) if g is not home] if self.is_home else []
-        if away:
-            torch._foreach_copy_([home for home, _ in away], [gradient for _, gradient in away])  # type: ignore[misc]
-            self._put_gradients(self.home)
+    def _copy_to_static_grads(self, phase: PhaseLike) -> None:
+        """Copies gradients into the memory that the graphs use, if they belong to the same parameters."""
+        grads = [p.grad for p in phase.parameters()]
+        self.grads_are_static = [grad is None for grad in grads] == [static is None for static in self.static_grads]
+        if not self.grads_are_static:
+            return
+        elsewhere = [(static, grad) for static, grad in zip(self.static_grads, grads, strict=True) if grad is not static]
+        if elsewhere:
+            torch._foreach_copy_([static for static, _ in elsewhere], [grad for _, grad in elsewhere])  # type: ignore[misc]
+            set_grads(phase, self.static_grads)
 
-    def _are_none(self) -> bool:
-        """Whether a window's gradients begin with its first pass; a handler may have made some before."""
-        return self.phase.has_own_zero_grad or all(p.grad is None for p in self.phase.parameters())
+    def _has_static_grads(self, phase: PhaseLike) -> bool:
+        """Whether the window's gradients are in the graphs' memory; if a handler has replaced one, it is copied there."""
+        grads = [p.grad for p in phase.parameters()]
+        is_same = len(grads) == len(self.static_grads) and all(map(operator.is_, grads, self.static_grads))
+        if self.grads_are_static and not is_same:
+            self._copy_to_static_grads(phase)
+        return self.grads_are_static
 
-    def _are_home(self) -> bool:
-        """Whether the graphs know the window's gradients; one that a handler has put in another's place is moved there."""
-        made = [p.grad for p in self.phase.parameters()]
-        if self.is_home and not (len(made) == len(self.home) and all(map(operator.is_, made, self.home))):
-            self._bring_home()
-        return self.is_home
+    # -- clipping and step --------------------------------------------------------------------------------------------
 
-    def _look_around(self, at_weights: bool) -> None:
-        """Throws the recordings away where gradients or weights are in other memory now, or train otherwise."""
-        moved = at_weights and self._surroundings is not None and self._surroundings.have_moved()
-        if moved or places_of(self.home) != self._home_places:
-            self.forget("a parameter or a gradient is in other memory, a parameter frozen, or a module in another mode")
-
-    def _put_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        for parameter, gradient in zip(self.phase.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-
-    # -- what is done with them ---------------------------------------------------------------------------------------
-
-    def clip(self, bounds: Hashable, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def clip(self, phase: PhaseLike, settings: Hashable, clip: Callable[[GradNorms], torch.Tensor]) -> torch.Tensor:
         """Clips the window's gradients.
 
         Args:
-            bounds: whatever ``work`` depends on beside the gradients.
-            work: clips, and returns the norm.
+            phase: the phase.
+            settings: everything that ``clip`` depends on besides the gradients.
+            clip: clips, and returns the norm.
 
         Returns:
             The norm.
         """
-        norm: torch.Tensor = self._work(CLIPPING, bounds, work)
+        norm: torch.Tensor = self._run(phase, CLIPPING, settings, lambda: clip(GradNorms()))
+        phase.grad_norms.clear()  # a replay changes the gradients, but not their version counters
         return norm
 
-    def step(self) -> None:
-        """The step of the phase's optimizers, with learning rates that a graph reads anew each time."""
-        optimizers = self.phase.optimizers
-        if self._surroundings is not None and self._surroundings.states_have_gone():
-            self.forget("an optimizer has lost its state")
-        if not self._rates.are_of(optimizers):
-            self.forget("an optimizer has another group, or has loaded a state")
-        rates = self._rates
-        rates.follow()
+    def step(self, phase: PhaseLike) -> None:
+        """Runs the step of the phase's optimizers, with learning rates that the graph reads at each replay."""
+        self._steps_are_captured = captures_steps(phase)
+        if not self._steps_are_captured:
+            for optimizer in phase.optimizers:
+                optimizer.step()
+            return
+        if self._guards is not None and self._guards.optimizer_state_lost():
+            self.invalidate(phase, "an optimizer has lost its state")
+        if not self._lrs.belong_to(phase.optimizers):
+            self.invalidate(phase, "an optimizer has another group, or has loaded a state")
+        lrs = self._lrs
+        lrs.sync()
 
-        def work() -> None:
-            with rates.in_place():
-                for optimizer in optimizers:
+        def run_step() -> None:
+            with lrs.applied():
+                for optimizer in phase.optimizers:
                     optimizer.step()
 
-        made = tuple([p.grad is None for p in self.phase.parameters()])  # the first steps of a parameter make its state
-        self._work(STEP, (made, *[settings_of(optimizer) for optimizer in optimizers]), work)
+        has_no_grad = tuple([p.grad is None for p in phase.parameters()])  # a parameter's first step creates its state
+        self._run(phase, STEP, (has_no_grad, *[group_settings(optimizer) for optimizer in phase.optimizers]), run_step)
 
-    def _work(self, kind: Kind, settings: Hashable, work: Callable[[], Any]) -> Any:
-        self._look_around(at_weights=kind is STEP)
-        if not (self.recordings.is_due(kind, settings) and self._are_home()):
+    def _run(self, phase: PhaseLike, kind: Kind, settings: Hashable, work: Callable[[], Any]) -> Any:
+        self._check_cheap_guards(phase, with_weights=kind is STEP)
+        if not (self.graphs.should_capture(kind, settings) and self._has_static_grads(phase)):
             return work()
-        recording = self.recordings.get(kind, settings) or self._record(kind, settings, work, [])
-        if recording is None:
+        graph = self.graphs.get(kind, settings) or self._capture(phase, kind, settings, work, [])
+        if graph is None:
             return work()
-        recording.replay()
-        return map_tensors(torch.clone, recording.results)
+        graph.replay()
+        return map_tensors(torch.clone, graph.results)
 
-    # -- recordings ---------------------------------------------------------------------------------------------------
+    # -- capture and guards -------------------------------------------------------------------------------------------
 
-    def _record(self, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]) -> Recording | None:
-        """Records some work; ``None`` where what the other recordings take for agreed has changed."""
-        before = Surroundings(self.phase)
-        if self._is_another(before):
+    def _capture(
+        self, phase: PhaseLike, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]
+    ) -> CapturedGraph | None:
+        """Captures some work; ``None`` if the guards of the other graphs have changed."""
+        guards = Guards(phase)
+        if self._guards_changed(phase, guards):
             return None
-        held = [*before.tensors, *self._rates.tensors, *[g for g in self.home if g is not None]]
+        held = [*guards.tensors, *self._lrs.tensors, *[grad for grad in self.static_grads if grad is not None]]
         try:
-            recording = self.recordings.record(kind, key, work, inputs, held)
-            changed = Surroundings(self.phase).differing(before)
+            graph = self.graphs.capture(kind, key, work, inputs, held)
+            changed = Guards(phase).changed(guards)
         finally:
-            before.restore()  # what the recording has put there is memory that nothing has written
+            guards.restore()  # what the capture has assigned is memory that no kernel has written
         if changed:
-            self.forget()
+            self.invalidate(phase)
             raise RuntimeError(
-                f"capture=True: {kind.name} of phase {self.phase.name!r} puts something new into {', '.join(changed[:5])}, "
-                "which a graph can't repeat. Change a tensor in place (copy_, lerp_, add_), make a tensor of a number, and "
-                "return from compute_loss by name what is only looked at. The older weight_norm and spectral_norm of "
-                "torch.nn.utils do so too: take those of torch.nn.utils.parametrizations"
+                f"capture=True: {kind.name} of phase {phase.name!r} assigns something new to {', '.join(changed[:5])}, "
+                "which a graph can't repeat. Change a tensor in place (copy_, lerp_, add_), turn a number into a tensor, and "
+                "return by name from compute_loss what is only logged. The older weight_norm and spectral_norm of "
+                "torch.nn.utils assign too: use those of torch.nn.utils.parametrizations"
             )
-        self._surroundings = before
-        return recording
+        self._guards = guards
+        return graph
 
-    def check_surroundings(self) -> None:
-        """Throws the recordings away where anything that they take for agreed is another now."""
-        if self._surroundings is not None:
-            self._is_another(Surroundings(self.phase))
+    def _check_cheap_guards(self, phase: PhaseLike, with_weights: bool) -> None:
+        """Invalidates the graphs if gradients or weights are at other addresses, or are trained in another way."""
+        moved = with_weights and self._guards is not None and self._guards.addresses_changed()
+        if moved or addresses(self.static_grads) != self._static_addresses:
+            self.invalidate(phase, "a parameter or a gradient has moved, a parameter was frozen, or a module changed its mode")
 
-    def _is_another(self, now: Surroundings) -> bool:
-        changed = now.differing(self._surroundings) if self._surroundings is not None else []
+    def check_guards(self, phase: PhaseLike) -> None:
+        """Invalidates the graphs if anything that they rely on has changed."""
+        if self._guards is not None:
+            self._guards_changed(phase, Guards(phase))
+
+    def _guards_changed(self, phase: PhaseLike, now: Guards) -> bool:
+        changed = now.changed(self._guards) if self._guards is not None else []
         if changed:
-            self.forget(f"of a change of {', '.join(changed[:3])}")
+            self.invalidate(phase, f"of a change of {', '.join(changed[:3])}")
         return bool(changed)
 
 
-def places_of(gradients: list[torch.Tensor | None]) -> list[int]:
-    """Where gradients are."""
-    return list(map(torch.Tensor.data_ptr, filter(torch.is_tensor, gradients)))
+def captures_steps(phase: PhaseLike) -> bool:
+    """Whether the step of every optimizer of a phase can be captured."""
+    return all(is_capturable(optimizer) for optimizer in phase.optimizers)
+
+
+def grads_are_none(phase: PhaseLike) -> bool:
+    """Whether no handler has set a gradient before the window's first pass."""
+    return phase.has_own_zero_grad or all(p.grad is None for p in phase.parameters())
+
+
+def set_grads(phase: PhaseLike, grads: list[torch.Tensor | None]) -> None:
+    """Assigns a gradient to each parameter of a phase."""
+    for parameter, grad in zip(phase.parameters(), grads, strict=True):
+        parameter.grad = grad
+
+
+def addresses(grads: list[torch.Tensor | None]) -> list[int]:
+    """The addresses of gradients in memory."""
+    return list(map(torch.Tensor.data_ptr, filter(torch.is_tensor, grads)))

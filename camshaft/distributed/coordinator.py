@@ -1,132 +1,223 @@
-"""The processes of one run as one: they begin with the same plan, and stop, save and raise at the same moment."""
+"""Requests to stop, to end the epoch, to interrupt or to save, and how several processes agree on them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Engine, Events
 
 from camshaft.distributed.collectives import all_gather_object, all_reduce_max
 from camshaft.distributed.failures import Failures
-from camshaft.distributed.gradient_sync import Replicas, check_wrapped
+from camshaft.distributed.gradient_sync import ReplicatedGradients
 from camshaft.events import Priority
+from camshaft.handler import Handler
 
-if TYPE_CHECKING:
-    from camshaft.engines.trainer import Trainer
-
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "RankCoordinator"]
 
 
 class Coordinator:
-    """What the processes of a run decide together.
+    """Carries out the requests of a single process, at once.
 
-    Whoever asks on one process for the end of the run, of the epoch or for a checkpoint only makes a wish. After each
-    iteration, at the beginning and at the end of each epoch the wishes are compared, in one transfer of a few numbers from
-    host to host, and what one process wishes is done by all.
+    Every method gets the trainer, which holds its coordinator.
+    """
+
+    is_distributed = False
+    """Whether other processes train too."""
+
+    def prepare_run(self) -> None:
+        """Called before a run that does not continue an interrupted one."""
+
+    def begin_run(self, trainer: Any) -> None:
+        """Called at ``STARTED``."""
+
+    def end_run(self, trainer: Any) -> None:
+        """Called when the run has ended, by an exception too."""
+
+    def terminate(self, trainer: Any, reason: str, skip_completed: bool) -> None:
+        """Ends the run after the current event, and records the reason."""
+        Engine.terminate(trainer, skip_completed)
+        if trainer.state.stop_reason is None:
+            trainer.state.stop_reason = reason
+
+    def terminate_epoch(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Ends the epoch after the current event."""
+        Engine.terminate_epoch(trainer, *args, **kwargs)
+
+    def interrupt(self, trainer: Any) -> None:
+        """Interrupts the run after the current event."""
+        Engine.interrupt(trainer)
+
+    def checkpoint_is_requested(self, trainer: Any, handler: Handler) -> bool:
+        """Whether a handler's request for a checkpoint is to be carried out now, on every rank."""
+        return handler.requests_checkpoint(trainer)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether a flag is true on any rank."""
+        return flag
+
+    def barrier(self) -> None:
+        """Waits for the other ranks."""
+
+    def attribute(self, error: BaseException, where: str) -> BaseException:
+        """The exception to raise: if another rank's failure caused ``error``, one that names that rank."""
+        return error
+
+
+class RankCoordinator(Coordinator):
+    """Makes one decision of the requests of all ranks.
+
+    During a run a request is only recorded. After each iteration, and at the start and the end of each epoch, the ranks compare
+    their requests in one transfer of a few numbers between the hosts. What one rank requests, every rank carries out.
 
     Args:
         trainer: the trainer.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.stop_reason_requested: str | None = None
-        self.skip_completed_requested = False
-        self.epoch_end_requested = False
-        self.interrupt_requested = False
-        self.failures = Failures()
-        """Where each process writes down why it has left."""
-        trainer.add_event_handler_at(1001, Events.STARTED, self.sync_requests)
-        trainer.add_event_handler_at(1001, Events.EPOCH_STARTED, self.sync_requests)
-        trainer.add_event_handler_at(Priority.AGREE, Events.ITERATION_COMPLETED, self.sync_requests)
-        trainer.add_event_handler_at(Priority.AGREE, Events.EPOCH_COMPLETED, self.sync_requests)
-        trainer.add_event_handler_at(Priority.AGREE + 1, Events.EPOCH_COMPLETED, self.check_same)
+    is_distributed = True
 
-    def begin(self) -> None:
-        """Sees at the beginning of a run that every process is about to do the same.
+    def __init__(self, trainer: Any) -> None:
+        self.stop_reason: str | None = None
+        self.skip_completed = self.epoch_end = self.interruption = False
+        self.failures = Failures()
+        for priority, event, function in (
+            (1001, Events.STARTED, sync_requests),
+            (1001, Events.EPOCH_STARTED, sync_requests),
+            (Priority.SYNC, Events.ITERATION_COMPLETED, sync_requests),
+            (Priority.SYNC, Events.EPOCH_COMPLETED, sync_requests),
+            (Priority.SYNC + 1, Events.EPOCH_COMPLETED, check_weights),
+        ):
+            trainer.add_event_handler_at(priority, event, function)
+
+    def prepare_run(self) -> None:
+        """Opens a new record of failures."""
+        self.failures = Failures()
+
+    def begin_run(self, trainer: Any) -> None:
+        """Checks that all ranks are about to run the same training.
 
         Raises:
-            RuntimeError: where a model is trained that isn't wrapped or is captured, or the processes have different plans.
+            RuntimeError: if a model is not wrapped, execution does not support several processes, or the ranks' plans differ.
         """
-        trainer, state = self.trainer, self.trainer.state
-        self.stop_reason_requested = None
-        self.epoch_end_requested = self.skip_completed_requested = self.interrupt_requested = False
+        self.stop_reason = None
+        self.skip_completed = self.epoch_end = self.interruption = False
         for phase in trainer.phases.values():
-            if phase.capture is not None:
-                raise RuntimeError(
-                    "capture=True is for one process: what the processes send each other can't be recorded; leave it out"
-                )
-            check_wrapped(phase)
-            phase.replicas = phase.replicas or Replicas(phase)
-            phase.replicas.checked = False
-        plan = {
-            "the number of batches (epoch_length)": state.epoch_length,
-            "max_epochs": state.max_epochs,
-            "max_iters": state.max_iters,
-            "the iteration": state.iteration,
-            "the phases": list(trainer.phases),
-            "the attached handlers": list(trainer.handlers),
-            "the accumulation steps": [phase.window.steps for phase in trainer.phases.values()],
-        }
-        for other, its_plan in enumerate(all_gather_object(plan)):
-            for what, value in its_plan.items():
-                if value != plan[what]:
-                    raise RuntimeError(
-                        f"every process must train by one plan, but {what}: {plan[what]} here, {value} on rank {other}. "
-                        "Attach handlers on every rank (rank 0 alone writes all the same), and give each as many batches: "
-                        "DistributedSampler does"
-                    )
+            phase.execution.check_distributed()
+            if isinstance(phase.gradient_sync, ReplicatedGradients):
+                phase.gradient_sync.weights_are_checked = False
+            else:
+                phase.gradient_sync = ReplicatedGradients(phase)
+        check_same_plan(plan_of(trainer))
 
-    def ask_to_stop(self, reason: str, skip_completed: bool) -> None:
-        """Wishes for the end of the run."""
-        self.stop_reason_requested = self.stop_reason_requested or reason
-        self.skip_completed_requested = self.skip_completed_requested or skip_completed
+    def end_run(self, trainer: Any) -> None:
+        """Leaves the models as they were before the run."""
+        for phase in trainer.phases.values():
+            phase.gradient_sync.restore()
 
-    def sync_requests(self) -> None:
-        """Compares the wishes, and does what any process wishes."""
-        trainer = self.trainer
-        wishing = [handler for handler in trainer.handlers.values() if hasattr(handler, "requests_checkpoint")]
-        wishes = [
-            self.stop_reason_requested is not None,
-            self.skip_completed_requested,
-            self.epoch_end_requested,
-            self.interrupt_requested,
-            trainer.exit_code or 0,
-            *(handler.requests_checkpoint(trainer) for handler in wishing),
-        ]
-        stop, skip_completed, end_epoch, interrupt, exit_code, *agreed = all_reduce_max([int(wish) for wish in wishes])
-        for handler, grant in zip(wishing, agreed, strict=True):
-            handler.agreed = bool(grant)
-        trainer.exit_code = exit_code or None
-        if self._must_finish_window():
+    def terminate(self, trainer: Any, reason: str, skip_completed: bool) -> None:
+        """Requests the end of the run."""
+        if not trainer.is_running:
+            super().terminate(trainer, reason, skip_completed)
             return
+        self.stop_reason = self.stop_reason or reason
+        self.skip_completed = self.skip_completed or skip_completed
+
+    def terminate_epoch(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Requests the end of the epoch."""
+        if trainer.is_running:
+            self.epoch_end = True
+        else:
+            super().terminate_epoch(trainer, *args, **kwargs)
+
+    def interrupt(self, trainer: Any) -> None:
+        """Requests an interruption."""
+        if trainer.is_running:
+            self.interruption = True
+        else:
+            super().interrupt(trainer)
+
+    def checkpoint_is_requested(self, trainer: Any, handler: Handler) -> bool:
+        """Whether any rank requested a checkpoint when the ranks last compared their requests."""
+        return handler.agreed
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether a flag is true on any rank; every rank must call it."""
+        return bool(all_reduce_max([flag])[0])
+
+    def barrier(self) -> None:
+        """Waits for the other ranks."""
+        all_reduce_max([0])
+
+    def attribute(self, error: BaseException, where: str) -> BaseException:
+        """The exception to raise: if another rank's failure caused ``error``, one that names that rank."""
+        return self.failures.leave(error, where)
+
+    def sync(self, trainer: Any) -> None:
+        """Compares the requests of all ranks, and carries out what any rank requests."""
+        requesting = [h for h in trainer.handlers.values() if type(h).requests_checkpoint is not Handler.requests_checkpoint]
+        requests = [
+            self.stop_reason is not None,
+            self.skip_completed,
+            self.epoch_end,
+            self.interruption,
+            trainer.exit_code or 0,
+            *(handler.requests_checkpoint(trainer) for handler in requesting),
+        ]
+        stop, skip_completed, epoch_end, interruption, exit_code, *agreed = all_reduce_max([int(r) for r in requests])
+        for handler, is_agreed in zip(requesting, agreed, strict=True):
+            handler.agreed = bool(is_agreed)
+        trainer.exit_code = exit_code or None
+        if any(phase.gradient_sync.must_finish_window() for phase in trainer.phases.values()):
+            return  # the requests wait for the end of the window
         if stop:
-            reasons = all_gather_object(self.stop_reason_requested)
-            number, reason = next((number, text) for number, text in enumerate(reasons) if text is not None)
-            trainer.state.stop_reason = reason if self.stop_reason_requested == reason else f"{reason} (on rank {number})"
-            trainer.stop_requested = True
+            trainer.state.stop_reason = self._first_reason()
+            trainer.run_state.stop_requested = True
             Engine.terminate(trainer, bool(skip_completed))
-        if end_epoch:
-            self.epoch_end_requested = False
+        if epoch_end:
+            self.epoch_end = False
             Engine.terminate_epoch(trainer)
-        if interrupt:
-            self.interrupt_requested = False
+        if interruption:
+            self.interruption = False
             Engine.interrupt(trainer)
 
-    def check_same(self) -> None:
-        """Sees after an epoch that every process has the same weights."""
-        for phase in self._phases():
-            phase.replicas.check_same()
+    def _first_reason(self) -> str:
+        """The reason of the lowest rank that requested the end of the run."""
+        reasons = all_gather_object(self.stop_reason)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+        return str(reason) if self.stop_reason == reason else f"{reason} (on rank {rank})"
 
-    def leave(self) -> None:
-        """Leaves the models as they were before the run, however it has ended."""
-        for phase in self._phases():
-            if phase.replicas is not None:
-                phase.replicas.leave()
 
-    def _must_finish_window(self) -> bool:
-        """Whether an open window has gradients that FSDP2 can't reduce any more; the wishes wait for its end."""
-        return any(phase.replicas is not None and phase.replicas.waiting and phase.replicas.shards for phase in self._phases())
+def sync_requests(trainer: Any) -> None:
+    """Compares the requests of all ranks."""
+    trainer.coordinator.sync(trainer)
 
-    def _phases(self) -> list[Any]:
-        return list(self.trainer.phases.values())
+
+def check_weights(trainer: Any) -> None:
+    """Checks after an epoch that all ranks have the same weights."""
+    for phase in trainer.phases.values():
+        phase.gradient_sync.check_weights(phase)
+
+
+def plan_of(trainer: Any) -> dict[str, Any]:
+    """What must be the same on every rank."""
+    state = trainer.state
+    return {
+        "the number of batches (epoch_length)": state.epoch_length,
+        "max_epochs": state.max_epochs,
+        "max_iters": state.max_iters,
+        "the iteration": state.iteration,
+        "the phases": list(trainer.phases),
+        "the attached handlers": list(trainer.handlers),
+        "the accumulation steps": [phase.window.steps for phase in trainer.phases.values()],
+    }
+
+
+def check_same_plan(plan: dict[str, Any]) -> None:
+    """Raises ``RuntimeError`` if another rank has another plan."""
+    for other, its_plan in enumerate(all_gather_object(plan)):
+        for what, value in its_plan.items():
+            if value != plan[what]:
+                raise RuntimeError(
+                    f"every process must have the same plan, but {what}: {plan[what]} here, {value} on rank {other}. "
+                    "Attach handlers on every rank (only rank 0 writes anyway), and give every rank the same number of "
+                    "batches: DistributedSampler does"
+                )

@@ -1,214 +1,271 @@
-"""One phase on several processes: its gradients travel once per optimizer step, and weights are summed over all of them."""
+"""How the gradients of a phase are synchronized: not at all in a single process, once per optimizer step in several."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed import ReduceOp
 
-from camshaft.distributed.collectives import all_gather_object, all_reduce, all_reduce_max, all_reduce_mean, rank, world_size
+from camshaft.distributed.collectives import (
+    all_gather_object,
+    all_reduce,
+    all_reduce_max,
+    all_reduce_mean,
+    rank,
+    world_size,
+)
 from camshaft.distributed.dtensors import is_dtensor
 from camshaft.models import ddp_wrapper, fsdp_modules
+from camshaft.protocols import PhaseLike
 
-if TYPE_CHECKING:
-    from camshaft.engines.phase import Phase
-
-__all__ = ["Replicas", "check_wrapped"]
+__all__ = ["ReplicatedGradients", "SingleProcess", "check_wrapped"]
 
 
-class Replicas:
-    """What a phase does where other processes train the same network.
+class SingleProcess:
+    """Gradient synchronization of a single process: there is nothing to do."""
 
-    The batches of a window go forward and backward without a word to the others; with the last one the gradients are
-    reduced, by DDP or FSDP2 as they do it best. Where the window's end could not be foreseen, and where a network is called
-    past its DDP wrapper (in a GAN), they are reduced by hand when it closes.
+    def before_forward(self, phase: PhaseLike, engine: Any) -> None:
+        """Does nothing."""
+
+    def reduce(self, phase: PhaseLike) -> None:
+        """Does nothing."""
+
+    def normalizer(self, phase: PhaseLike) -> Any:
+        """The number by which the accumulated gradients must be divided; ``None`` for 1."""
+        return phase.window.divisor()
+
+    def max_over_ranks(self, flags: torch.Tensor, overflows: list[torch.Tensor]) -> torch.Tensor:
+        """The flags as they are."""
+        return flags
+
+    def after_step(self, phase: PhaseLike) -> None:
+        """Does nothing."""
+
+    def check_weights(self, phase: PhaseLike) -> None:
+        """Does nothing."""
+
+    def window_state(self, phase: PhaseLike) -> dict[str, Any]:
+        """The gradients of an open window."""
+        return {"gradients": [p.grad for p in phase.parameters()]}
+
+    def discard(self, phase: PhaseLike) -> None:
+        """Does nothing."""
+
+    def must_finish_window(self) -> bool:
+        """Never: gradients can be saved at any time."""
+        return False
+
+    def restore(self) -> None:
+        """Does nothing."""
+
+
+class ReplicatedGradients(SingleProcess):
+    """Gradient synchronization of a phase whose network other processes train too.
+
+    The batches of a window run forward and backward without communication. The last one reduces the gradients, with DDP or
+    FSDP2 during its backward pass. If the end of the window could not be foreseen, or the network is called without its DDP
+    wrapper (in a GAN), they are reduced explicitly when the window is full.
 
     Args:
         phase: the phase.
+
+    Raises:
+        RuntimeError: if the network is not wrapped for several processes.
     """
 
-    def __init__(self, phase: Phase) -> None:
-        self.phase = phase
+    def __init__(self, phase: PhaseLike) -> None:
+        check_wrapped(phase)
         self.wrapper = None if phase.reduced_by_hand else ddp_wrapper(phase.module)
-        self.shards = fsdp_modules(phase.module)
-        self.waiting = False
-        """Whether gradients have been gathered that have not travelled yet."""
-        self.checked = False
-        """Whether the processes have been seen to have the same weights after a step."""
-        self._travel_by_themselves = {id(p) for p in self._wrapped()}
+        self.sharded_modules = fsdp_modules(phase.module)
+        self.is_waiting = False
+        """Whether gradients have been accumulated that are not reduced yet."""
+        self.weights_are_checked = False
+        """Whether the weights of all ranks have been compared since the run began."""
+        self._reduced_by_wrapper = {id(p) for p in self._wrapped_parameters()}
 
-    def _wrapped(self) -> list[torch.nn.Parameter]:
-        """The parameters whose gradients DDP or FSDP2 reduces; a loss with parameters of its own has others."""
+    def _wrapped_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters whose gradients DDP or FSDP2 reduces; those of a loss function are not among them."""
         if self.wrapper is not None:
             return list(self.wrapper.parameters())
-        return [p for part in self.shards for p in part.parameters() if is_dtensor(p)]
+        return [p for module in self.sharded_modules for p in module.parameters() if is_dtensor(p)]
 
-    def _parameters_to_reduce(self) -> list[torch.nn.Parameter]:
-        """Those that have to be reduced by hand when the window closes."""
-        trained = [p for p in self.phase.parameters() if p.requires_grad]
-        if self.waiting and not self.shards:
+    def _parameters_to_reduce(self, phase: PhaseLike) -> list[torch.nn.Parameter]:
+        """The parameters whose gradients must be reduced explicitly when the window is full."""
+        trained = [p for p in phase.parameters() if p.requires_grad]
+        if self.is_waiting and not self.sharded_modules:
             return trained
-        return [p for p in trained if id(p) not in self._travel_by_themselves]
+        return [p for p in trained if id(p) not in self._reduced_by_wrapper]
 
-    def announce(self, foreseen: bool) -> None:
-        """Says before a forward pass whether its gradients are to travel.
-
-        Args:
-            foreseen: whether the number of the window's batches is sure.
-        """
-        window = self.phase.window
-        last = window.is_single_batch or window.batches + 1 == window.length
-        if self.shards:
-            travels = last or not foreseen or window.will_be_dropped  # later it would be too late, or they would be left behind
-            for part in self.shards:
-                part.set_requires_gradient_sync(travels)
-            self.waiting = not travels
+    def before_forward(self, phase: PhaseLike, engine: Any) -> None:
+        """Sets whether the backward pass of the coming batch reduces gradients."""
+        window = phase.window
+        is_last = window.batches + 1 == window.length
+        if self.sharded_modules:  # FSDP2 cannot reduce later what a backward pass has not reduced
+            end_is_known = engine.length_is_known or phase is not engine.primary
+            reduces = is_last or not end_is_known or window.will_be_dropped
+            for module in self.sharded_modules:
+                module.set_requires_gradient_sync(reduces)
+            self.is_waiting = not reduces
         elif self.wrapper is not None:
-            self.wrapper.require_backward_grad_sync = last
-            self.waiting = not last
+            self.wrapper.require_backward_grad_sync = is_last
+            self.is_waiting = not is_last
         else:
-            self.waiting = True
+            self.is_waiting = True
 
-    def reduce(self) -> None:
-        """Brings the window's gradients together, where that hasn't happened on the way.
+    def reduce(self, phase: PhaseLike) -> None:
+        """Reduces the gradients of a full window that the backward passes have not reduced.
 
         Raises:
-            RuntimeError: where FSDP2 can't do it any more.
+            RuntimeError: if FSDP2 can no longer reduce them.
         """
-        if self.waiting and self.shards:
+        if self.must_finish_window():
             raise RuntimeError(
-                "the data ended inside a window, sooner than its length had said: FSDP2 can't reduce the window's gradients "
+                "the data ended inside a window, earlier than its length had said: FSDP2 can't reduce the window's gradients "
                 "any more. Give run() an epoch_length that the data has"
             )
-        parameters = self._parameters_to_reduce()
-        self.waiting = False
-        for parameter, gradient in zip(parameters, brought_together(parameters), strict=True):
+        parameters = self._parameters_to_reduce(phase)
+        self.is_waiting = False
+        for parameter, gradient in zip(parameters, mean_gradients(parameters), strict=True):
             parameter.grad = gradient
 
-    def forget(self) -> None:
-        """Throws away what has not travelled; FSDP2 keeps that for itself."""
-        for part in self.shards:
-            forget_gradients(part)
-        self.waiting = False
-
-    def leave(self) -> None:
-        """Has gradients travel with every backward pass again, for whatever comes after the run."""
-        for part in self.shards:
-            part.set_requires_gradient_sync(True)
-        if self.wrapper is not None:
-            self.wrapper.require_backward_grad_sync = True
-
-    def divisor(self, weight: Any) -> torch.Tensor:
-        """What mean gradients are divided by, so that each process's weights count: the mean weight of the processes.
-
-        Args:
-            weight: the sum of the weights that this process's window has gathered.
+    def normalizer(self, phase: PhaseLike) -> Any:
+        """The number by which the mean gradients must be divided; ``None`` for 1.
 
         Raises:
-            ValueError: where every batch on every process weighs nothing.
+            ValueError: if every batch on every rank has weight 0.
         """
-        total = self._mean_weight(weight)
-        if total.device.type == "cpu" and not total:
+        divisor = phase.window.divisor(is_only_process=False)
+        if phase.window.loss_weight == "batch":
+            return divisor
+        mean = self._mean_weight(phase, divisor)
+        if mean.device.type == "cpu" and not mean:
             raise ValueError("every batch of this window weighs 0 by loss_weight on every process: its mean is not defined")
-        return total
+        return mean
 
-    def _mean_weight(self, weight: Any) -> torch.Tensor:
-        total = torch.as_tensor(weight, dtype=torch.float64, device=self.phase.device).clone()
+    def _mean_weight(self, phase: PhaseLike, weight: Any) -> torch.Tensor:
+        total = torch.as_tensor(weight, dtype=torch.float64, device=phase.device).clone()
         all_reduce(total)
         return total / world_size()
 
-    def gathered(self) -> dict[str, Any]:
-        """What an open window has gathered, on the average of the processes: from there, any of them can go on.
+    def max_over_ranks(self, flags: torch.Tensor, overflows: list[torch.Tensor]) -> torch.Tensor:
+        """The maximum of each flag over all ranks; the scaler's overflows, which are the last flags, are updated."""
+        all_reduce(flags, ReduceOp.MAX)
+        for overflow, flag in zip(overflows, flags[len(flags) - len(overflows) :], strict=True):
+            overflow.copy_(flag)
+        return flags
+
+    def after_step(self, phase: PhaseLike) -> None:
+        """Compares the weights of all ranks after the first optimizer step of a run."""
+        if not self.weights_are_checked:
+            self.check_weights(phase)
+
+    def check_weights(self, phase: PhaseLike) -> None:
+        """Compares weights and learning rates of all ranks.
 
         Raises:
-            RuntimeError: where FSDP2 has gradients that have not travelled; they can't be had then.
+            RuntimeError: if they differ.
         """
-        if self.waiting and self.shards:
+        self.weights_are_checked = True
+        sums = [p.detach().double().sum() for p in phase.parameters() if not is_dtensor(p)]
+        lrs = [float(group["lr"]) for optimizer in phase.optimizers for group in optimizer.param_groups]
+        of_all_ranks = all_gather_object((torch.stack(sums).tolist() if sums else [], lrs))
+        weights, lr = of_all_ranks[0]
+        for other, (its_weights, its_lr) in enumerate(of_all_ranks):
+            if not are_close(its_lr, lr):
+                raise RuntimeError(
+                    f"the learning rates of phase {phase.name!r} differ: {lr} on rank 0, {its_lr} on rank {other}. A "
+                    "schedule follows a number that differs between processes; give it a metric computed over all of them"
+                )
+            if not are_close(its_weights, weights):
+                raise RuntimeError(
+                    f"the weights of phase {phase.name!r} differ between rank 0 and rank {other} after an optimizer step: "
+                    "their gradients were not reduced, or the processes began with other weights. Call the wrapped model, "
+                    "and not its .module, in the objective; load weights, and unfreeze what will be trained, before you wrap it"
+                )
+
+    def window_state(self, phase: PhaseLike) -> dict[str, Any]:
+        """The mean over all ranks of the gradients of an open window, from which any rank can continue.
+
+        Raises:
+            RuntimeError: if FSDP2 has gradients that are not reduced; they can't be read then.
+        """
+        if self.must_finish_window():
             raise RuntimeError(
                 "a checkpoint can't be written inside this window: FSDP2 has gradients of it that have not been reduced. "
                 "Save at the window's end: CheckpointRotation and terminate() wait for it"
             )
-        parameters = self._parameters_to_reduce()
-        together = {id(p): gradient for p, gradient in zip(parameters, brought_together(parameters, copy=True), strict=True)}
-        gradients = [together.get(id(p), None if p.grad is None else p.grad.detach().clone()) for p in self.phase.parameters()]
-        if self.phase.window.loss_weight == "batch":
+        parameters = self._parameters_to_reduce(phase)
+        means = {id(p): mean for p, mean in zip(parameters, mean_gradients(parameters, copy=True), strict=True)}
+        gradients = [means.get(id(p), None if p.grad is None else p.grad.detach().clone()) for p in phase.parameters()]
+        if phase.window.loss_weight == "batch":
             return {"gradients": gradients}
-        return {"gradients": gradients, "weight": float(self._mean_weight(self.phase.window.weight))}
+        return {"gradients": gradients, "weight": float(self._mean_weight(phase, phase.window.weight))}
 
-    def worst(self, verdicts: torch.Tensor, overflows: list[torch.Tensor]) -> torch.Tensor:
-        """Each verdict on the coming step as the strictest process has it; the scaler hears of it too."""
-        all_reduce(verdicts, ReduceOp.MAX)
-        for found, verdict in zip(overflows, verdicts[len(verdicts) - len(overflows) :], strict=True):
-            found.copy_(verdict)
-        return verdicts
+    def discard(self, phase: PhaseLike) -> None:
+        """Clears gradients that have not been reduced; FSDP2 keeps them in buffers of its own."""
+        for module in self.sharded_modules:
+            clear_unreduced_gradients(module)
+        self.is_waiting = False
 
-    def check_same(self) -> None:
-        """Sees after the first step of a run, and after each epoch, that every process has the same weights and rates.
+    def must_finish_window(self) -> bool:
+        """Whether the open window has gradients that FSDP2 can only reduce with the window's last batch."""
+        return self.is_waiting and bool(self.sharded_modules)
 
-        Raises:
-            RuntimeError: where it hasn't.
-        """
-        self.checked = True
-        sums = [p.detach().double().sum() for p in self.phase.parameters() if not is_dtensor(p)]
-        rates = [float(group["lr"]) for optimizer in self.phase.optimizers for group in optimizer.param_groups]
-        prints = all_gather_object((torch.stack(sums).tolist() if sums else [], rates))
-        weights, lr = prints[0]
-        for other, (its_weights, its_lr) in enumerate(prints):
-            if not _same(its_lr, lr):
-                raise RuntimeError(
-                    f"the learning rates of phase {self.phase.name!r} differ: {lr} on rank 0, {its_lr} on rank {other}. A "
-                    "schedule follows a number that isn't the same on every process; give it a metric over all of them"
-                )
-            if not _same(its_weights, weights):
-                raise RuntimeError(
-                    f"the weights of phase {self.phase.name!r} differ between rank 0 and rank {other} after an optimizer step: "
-                    "their gradients have not travelled, or the processes began with other weights. Call the wrapped model, "
-                    "and not its .module, in the objective; load weights, and unfreeze what will be trained, before you wrap it"
-                )
+    def restore(self) -> None:
+        """Makes every backward pass reduce its gradients again, as before the run."""
+        for module in self.sharded_modules:
+            module.set_requires_gradient_sync(True)
+        if self.wrapper is not None:
+            self.wrapper.require_backward_grad_sync = True
 
 
-def brought_together(parameters: list[torch.nn.Parameter], copy: bool = False) -> list[torch.Tensor | None]:
-    """The gradients of parameters, on the average of the processes; zeros count where a process has none.
+def mean_gradients(parameters: list[torch.nn.Parameter], copy: bool = False) -> list[torch.Tensor | None]:
+    """The mean of each parameter's gradient over all ranks; a rank without a gradient counts as zeros.
 
     Args:
-        parameters: the same ones, in the same order, on every process.
-        copy: leaves the gradients themselves as they are.
+        parameters: the same ones, in the same order, on every rank.
+        copy: leaves the gradients themselves unchanged.
+
+    Returns:
+        The means; ``None`` for a parameter without a gradient on any rank.
     """
     if not parameters:
         return []
-    somewhere = all_reduce_max([p.grad is not None for p in parameters])
+    on_any_rank = all_reduce_max([p.grad is not None for p in parameters])
     found = [
-        None if not there else torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() if copy else p.grad
-        for p, there in zip(parameters, somewhere, strict=True)
+        None if not exists else torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() if copy else p.grad
+        for p, exists in zip(parameters, on_any_rank, strict=True)
     ]
     all_reduce_mean(gradient for gradient in found if gradient is not None)
     return found
 
 
-def forget_gradients(part: Any) -> None:
-    """Clears what FSDP2 has gathered in backward passes whose gradients didn't travel; it has no method for that."""
-    for module in part.modules():
+def clear_unreduced_gradients(sharded_module: Any) -> None:
+    """Clears what FSDP2 has accumulated in backward passes without reduction; it has no public method for that."""
+    for module in sharded_module.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         for parameter in (parameter for group in groups if group is not None for parameter in group.fsdp_params):
             parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):  # not before the first forward pass
+            if hasattr(parameter, "_unsharded_param"):  # does not exist before the first forward pass
                 parameter._unsharded_param.grad = None
 
 
-def _same(ones: list[float], others: list[float]) -> bool:
-    return len(ones) == len(others) and all(_equal(one, other) for one, other in zip(ones, others, strict=True))
+def are_close(ones: list[float], others: list[float]) -> bool:
+    """Whether two lists of numbers are equal to rounding; NaN equals NaN."""
+    return len(ones) == len(others) and all(is_close(one, other) for one, other in zip(ones, others, strict=True))
 
 
-def _equal(one: float, other: float) -> bool:
+def is_close(one: float, other: float) -> bool:
+    """Whether two numbers are equal to rounding."""
     return one == other or (one != one and other != other) or abs(one - other) <= 1e-6 * max(abs(one), abs(other), 1.0)
 
 
-def check_wrapped(phase: Phase) -> None:
-    """Raises where a network is trained by several processes that don't know of each other.
+def check_wrapped(phase: PhaseLike) -> None:
+    """Raises if several processes train a network that is wrapped for one.
 
     Raises:
         RuntimeError: says how to wrap it.
@@ -217,11 +274,11 @@ def check_wrapped(phase: Phase) -> None:
         return
     if any(is_dtensor(p) for p in phase.module.parameters()):
         raise RuntimeError(
-            f"the model of phase {phase.name!r} is split over the processes (tensor parallelism) without fully_shard: which of "
-            "them see the same batch isn't known then. Apply fully_shard(model) over the data-parallel dimension of its mesh"
+            f"the model of phase {phase.name!r} is sharded over the processes (tensor parallelism) without fully_shard, so "
+            "that it is unknown which ranks see the same batch. Apply fully_shard(model) over its data-parallel dimension"
         )
     raise RuntimeError(
-        f"{world_size()} processes train, but the model of phase {phase.name!r} is wrapped for one: each would go its own way "
-        f"(this is rank {rank()}). Wrap it before you make the optimizer: model = ignite.distributed.auto_model(model), "
+        f"{world_size()} processes train, but the model of phase {phase.name!r} is wrapped for one: each would train its own "
+        f"model (this is rank {rank()}). Wrap it before you make the optimizer: model = ignite.distributed.auto_model(model), "
         "DistributedDataParallel(model) or fully_shard(model)"
     )

@@ -15,7 +15,7 @@ from camshaft.distributed.collectives import all_gather_object, broadcast, until
 from camshaft.distributed.dtensors import is_dtensor
 from camshaft.engines.loop import LoopEngine
 from camshaft.models import ddp_wrapper, is_sharded, preserve_training_mode
-from camshaft.precision import autocast_for
+from camshaft.precision import precision_for
 from camshaft.pytree import prepare_pair
 from camshaft.rng import preserve_rng_state
 from camshaft.validation import check_device, check_no_class, check_prepare, describe_type, name_of
@@ -77,7 +77,7 @@ def create_evaluator(
     if wrapper is not None:
         model = wrapper.module  # DDP's own forward pass would have the processes wait for each other at every batch
     place = check_device(device, model)
-    autocast = autocast_for(amp, place)
+    autocast = precision_for(amp, place).autocast
 
     def evaluate(engine: Engine, batch: Any) -> Any:
         state = engine.state
@@ -86,11 +86,8 @@ def create_evaluator(
             x, y = pair
         except (TypeError, ValueError):
             raise TypeError(f"prepare_batch ({name_of(prepare_batch)}) must give (x, y), got {pair!r:.200}") from None
-        if autocast is None:
+        with autocast:
             y_pred = model(x)
-        else:
-            with autocast:
-                y_pred = model(x)
         if model_transform is not None:
             y_pred = model_transform(y_pred)
         state.x, state.y, state.y_pred = x, y, y_pred  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What ``trainer.state`` holds."""
+"""The state of a trainer."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["TrainerState"]
 
 
 class TrainerState(State):
-    """``trainer.state``: Ignite's fields, the second clock, and this iteration's tensors."""
+    """``trainer.state``: Ignite's fields, the optimizer-step clock, and the tensors of this iteration."""
 
     optimizer_step: int = 0
-    """The number of optimizer steps completed; while a step's events fire, the number of the one being made."""
+    """The number of completed optimizer steps; from ``GRADIENTS_READY`` on, the number of the current step."""
     skipped_steps: int = 0
-    """How many optimizer steps the scaler or a guard refused."""
+    """The number of optimizer steps that the scaler or a handler has skipped."""
     phase: str = ""
-    """The name of the phase whose events fire."""
+    """The name of the phase whose events are firing."""
     x: Any = None
     y: Any = None
     y_pred: Any = None
     loss: Any = None
     """The undivided loss of this batch, on the device."""
     grad_norm: torch.Tensor | None = None
-    """The gradient's total norm before clipping, on the device; ``None`` where nobody measures it."""
+    """The gradient's total norm before clipping, on the device; ``None`` if no handler measures it."""
     stop_reason: str | None = None
     """Why the run ended early."""
     epoch_is_open: bool = False
-    """Whether an epoch has begun whose ``EPOCH_COMPLETED`` has not fired yet."""
+    """Whether an epoch has started whose ``EPOCH_COMPLETED`` has not fired yet."""
 
     def __init__(self) -> None:
         self._metrics = Metrics()
         super().__init__()
         self.losses: dict[str, Any] = {}
-        """The named entries of the objectives' mappings, detached."""
+        """The named losses that the objectives return, detached."""
 
     @property
     def metrics(self) -> Metrics:
@@ -50,6 +50,6 @@ class TrainerState(State):
         self._metrics = values if isinstance(values, Metrics) else self._metrics.replaced(values)
 
     def get_event_attrib_value(self, event_name: Any) -> int:
-        """The value of the clock on which an event counts."""
+        """The value of an event's clock."""
         clock = STEP_CLOCKS.get(getattr(event_name, "name", event_name))
         return super().get_event_attrib_value(event_name) if clock is None else int(getattr(self, clock))

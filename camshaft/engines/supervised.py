@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from camshaft.cudagraphs.wrap import Capture
+from camshaft.cudagraphs.wrap import CudaGraphExecution
 from camshaft.engines.phase import Phase
 from camshaft.engines.trainer import Trainer
 from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
 from camshaft.handlers.lr_scheduling import check_every
+from camshaft.objective import Objective
 from camshaft.pytree import detach, prepare_pair
 from camshaft.validation import check_count, check_no_class, check_prepare, name_of
 
@@ -106,7 +107,7 @@ def create_trainer(
     if not isinstance(capture, bool):
         raise TypeError(f"capture must be True or False, got {capture!r}")
     if capture:
-        phase.capture = Capture(phase)
+        phase.execution = CudaGraphExecution(phase)
     if amp is not None:
         MixedPrecision(amp).attach(trainer)
     check_count(accumulation_steps, "accumulation_steps")
@@ -121,11 +122,11 @@ def create_trainer(
     return trainer
 
 
-class Supervised:
+class Supervised(Objective):
     """The objective ``loss_fn(model_transform(model(x)), y)``."""
 
     device: torch.device | None = None
-    non_blocking = True
+    is_single_call = True
 
     def __init__(self, model: nn.Module, loss_fn: Any, prepare_batch: Any, model_transform: Any) -> None:
         if model_transform is not None and not callable(model_transform):
@@ -135,12 +136,17 @@ class Supervised:
         self.label = f"loss_fn {name_of(loss_fn)}"
 
     def prepare(self, engine: Any, batch: Any) -> None:
+        """Moves the batch to the device, as ``state.x`` and ``state.y``."""
         state = engine.state
         pair = self.prepare_batch(batch, device=self.device, non_blocking=self.non_blocking)
         try:
             state.x, state.y = pair
         except (TypeError, ValueError):
             raise TypeError(f"prepare_batch ({name_of(self.prepare_batch)}) must give (x, y), got {pair!r:.200}") from None
+
+    def inputs(self, state: Any) -> list[Any] | None:
+        """The batch's ``x``, if a batch has been seen."""
+        return None if state.x is None else [state.x]
 
     def __call__(self, engine: Any, _: Any) -> Any:
         state = engine.state
@@ -151,7 +157,7 @@ class Supervised:
         return self.loss_fn(y_pred, state.y)
 
 
-class Custom:
+class Custom(Objective):
     """The objective ``compute_loss(model, batch)``."""
 
     def __init__(self, model: nn.Module, compute_loss: Any) -> None:

@@ -1,4 +1,4 @@
-"""The trainer: an Ignite engine whose iteration is a cycle of named moments."""
+"""The trainer: an Ignite engine whose iteration is a training step with events of its own."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
 from camshaft.checkpoints.data_position import DataLoaderPosition
-from camshaft.checkpoints.metric_state import restore_metrics
-from camshaft.checkpoints.trainer_state import prepare_resume, restore, starts_new_run, trainer_state_dict
-from camshaft.cudagraphs.checks import check_outside
+from camshaft.checkpoints.resume import prepare_resume, starts_new_run
+from camshaft.checkpoints.trainer_state import load_trainer_state, trainer_state_dict
 from camshaft.distributed.collectives import until_rank_zero_is_exhausted, world_size
-from camshaft.distributed.coordinator import Coordinator
-from camshaft.distributed.failures import Failures
+from camshaft.distributed.coordinator import Coordinator, RankCoordinator
+from camshaft.engines.alternation import check_phases, run_followers, run_iteration
 from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
+from camshaft.engines.run_state import RunState, RunStatus
 from camshaft.engines.state import TrainerState
+from camshaft.engines.trainer_events import add_trainer_events, remember_modes
 from camshaft.events import PhaseEvent, StepEvents
 from camshaft.handler import Handler
 from camshaft.optimizers import group_rates
 from camshaft.reports.explain import explain
-from camshaft.rng import restore_rng
+from camshaft.validation import check_count
 
 __all__ = ["Trainer"]
 
@@ -34,17 +35,17 @@ __all__ = ["Trainer"]
 class Trainer(LoopEngine):
     """An Ignite engine that trains one or more phases; made by :func:`create_trainer` and :func:`create_gan_trainer`.
 
-    Whatever works on an ``ignite.engine.Engine`` works on it. An alternating scheme of one's own is a trainer over
-    :class:`Phase` objects: the first is led by the data, each other has a whole window after every ``interval``-th
-    completed step of the first.
+    Whatever works on an ``ignite.engine.Engine`` works on it. For an alternating scheme of your own, make a trainer of
+    :class:`Phase` objects: the data drives the first; each other runs a full window after every ``interval``-th completed step
+    of the first.
 
     Args:
         phases: the phases, in order.
-        output: called with the trainer after each iteration; gives ``state.output``. By default the detached loss.
+        output: called with the trainer after each iteration; returns ``state.output``. By default the detached loss.
 
     Raises:
-        TypeError: where a phase is none.
-        ValueError: where two phases have one name, or train the same parameters.
+        TypeError: if one of ``phases`` is not a :class:`Phase`.
+        ValueError: if two phases have the same name, or train the same parameters.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -58,125 +59,27 @@ class Trainer(LoopEngine):
 
     def __init__(self, phases: Sequence[Phase], *, output: Callable[[Trainer], Any] | None = None) -> None:
         check_phases(phases)
-        super().__init__(self._step)
+        super().__init__(run_iteration)
         self.state = TrainerState()
-        # Ignite's loggers ask this table of the whole process whether an event has a clock; the true ones are the state's
+        # Ignite's loggers look up the clock of an event in this table of the whole process; the true clocks are the state's
         self.register_events(*StepEvents, event_to_attr=dict.fromkeys(StepEvents, "iteration"))
         self.handlers: dict[str, Handler] = {}
         """The attached handlers of this package, by name."""
         self.unclaimed: dict[str, Any] = {}
-        """What a checkpoint had of handlers that aren't attached; one that is before the run goes on from it."""
+        """The states in a loaded checkpoint of handlers that are not attached yet; ``attach`` restores them."""
         self.phases = {phase.name: phase for phase in phases}
         """The phases by name, in order."""
         self.primary, self.followers = phases[0], tuple(phases[1:])
-        self._output = output
-        self.last_batch: Any = None
+        self.run_state = RunState()
         self.data_position = DataLoaderPosition()
-        self._restored: Mapping[str, Any] | None = None
-        self.length_is_learned = False
-        self.stop_requested = False
-        self._steps_before = 0
-        self.coordinator: Coordinator | None = None
-        """The other processes of this run; ``None`` where there is one."""
+        self.coordinator = Coordinator()
+        """Carries out requests to stop or to save; with several processes, together with the other ranks."""
+        self.last_batch: Any = None
+        """The latest batch, which the followers use for their turns."""
         self.exit_code: int | None = None
-        """What the process exits with when the run has ended; set by whoever was asked to end it."""
-        self.add_event_handler_at(-1000, Events.STARTED, self._begin_run)
-        self.add_event_handler_at(1000, Events.STARTED, self._begin_data)
-        self.add_event_handler_at(-1000, Events.EPOCH_STARTED, self._begin_epoch)
-        self.add_event_handler_at(1000, Events.EPOCH_STARTED, self._remember_modes)
-        self.add_event_handler_at(-1000, Events.EPOCH_COMPLETED, self._remember_modes)  # before a user's model.eval()
-
-    # -- the step -----------------------------------------------------------------------------------------------------
-
-    def _step(self, engine: Engine, batch: Any) -> Any:
-        primary = self.primary
-        if primary.frozen:
-            with primary.frozen_modules():
-                completed = primary.run(self, batch)
-        else:
-            completed = primary.run(self, batch)
-        if self.followers:
-            self.last_batch = batch
-            self._follow(completed)
-        return self.state.loss if self._output is None else self._output(self)
-
-    def _follow(self, completed: bool) -> None:
-        """Gives the other phases their turn after a completed step of the first."""
-        for phase in self.followers:
-            if completed and self.primary.optimizer_step % phase.interval == 0:
-                phase.run_window(self, self.last_batch)
-        main = self.followers[-1]  # between iterations the clock is that of the last phase
-        self.state.optimizer_step, self.state.skipped_steps = main.optimizer_step, main.skipped_steps
-
-    def _data_stopped(self) -> None:
-        if self.primary.window_is_open:
-            completed = self.primary.stop_window(self)
-            if self.followers:
-                self._follow(completed)
-
-    @property
-    def batches_left(self) -> float:
-        """How many batches there are, this one included, before the data is bound to stop; infinite where not known."""
-        state = self.state
-        left = float("inf") if state.epoch_length is None else state.epoch_length - self.epoch_iteration + 1
-        return left if state.max_iters is None else min(left, state.max_iters - state.iteration + 1)
-
-    @property
-    def length_is_known(self) -> bool:
-        """Whether it is sure how many batches there are before the data stops."""
-        return self.state.epoch_length is not None
-
-    @property
-    def window_is_open(self) -> bool:
-        """Whether any phase has gathered gradients that no optimizer step has used yet."""
-        return any(phase.window_is_open for phase in self.phases.values())
-
-    def _check_event(self, event_name: Any) -> None:
-        """Raises where nobody can listen to an event: inside a CUDA graph."""
-        if self.primary.capture is not None:
-            check_outside(event_name)
-
-    def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
-        if isinstance(event_name, PhaseEvent):
-            self.phases_named(event_name.phase)  # a misspelt phase would never be heard
-        return super()._handler_wrapper(handler, event_name, event_filter)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a run is under way, so that this is asked from inside it."""
-        generator = self._internal_run_generator
-        return generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_RUNNING
-
-    def skip_step_if(self, flag: torch.Tensor, then: Callable[[], None] = lambda: None) -> None:
-        """Asks at ``GRADIENTS_READY`` or ``GRADIENTS_CLIPPED`` that the coming optimizer step be refused.
-
-        Args:
-            flag: a boolean scalar tensor on any device; the step is refused where it is true. The flags of all handlers and
-                of the scaler are fetched in one transfer. Of several processes each must ask; one true flag refuses for all.
-            then: called where it is true, before ``OPTIMIZER_STEP_SKIPPED``; may raise.
-
-        Example:
-            >>> def skip_spikes(engine):
-            ...     engine.skip_step_if(engine.state.grad_norm > 100)
-        """
-        self.phases[self.state.phase].skip_step_if(flag, then)
-
-    def phases_named(self, name: str | None) -> list[Phase]:
-        """The phase of this name, or all of them for ``None``.
-
-        Raises:
-            ValueError: where there is no such phase.
-        """
-        if name is None:
-            return list(self.phases.values())
-        if name not in self.phases:
-            raise ValueError(f"phase must be one of {list(self.phases)}, got {name!r}")
-        return [self.phases[name]]
-
-    def learning_rates(self, phase: str) -> list[tuple[str, float]]:
-        """The present learning rates of a phase by name; with several phases the names begin with the phase's."""
-        rates = group_rates(self.phases[phase].optimizers)
-        return [(f"{phase}/{name}", rate) for name, rate in rates] if len(self.phases) > 1 else rates
+        """The exit code of the process when the run has ended, set by a handler that was asked to end it."""
+        self.output = output
+        add_trainer_events(self)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -190,110 +93,181 @@ class Trainer(LoopEngine):
         """Trains over the data, as :meth:`ignite.engine.Engine.run` does.
 
         Args:
-            data: batches that can be passed over again and again (a list or a ``DataLoader``).
-            max_epochs: the epoch after which the run ends (default 1); a resumed run counts on from where it was.
+            data: batches that can be iterated over again and again (a list or a ``DataLoader``).
+            max_epochs: the epoch after which the run ends (default 1); a resumed run continues to count.
             max_iters: the iteration after which it ends, instead.
-            epoch_length: the number of batches that count as an epoch, by default all of ``data``.
+            epoch_length: the number of batches in an epoch, by default all of ``data``.
 
         Returns:
             The trainer's state.
 
         Raises:
-            RuntimeError: where the run ends without one optimizer step made or skipped.
-            ValueError: where a number is out of range, or the data isn't that of the checkpoint.
+            RuntimeError: if the run ends without one optimizer step made or skipped.
+            ValueError: if a number is out of range, or the data is not that of the checkpoint.
         """
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if world_size() > 1 and self.coordinator is None:
-            self.coordinator = Coordinator(self)
-        limits = max_epochs, max_iters
-        with self._attributing_failures():
-            goes_on = self._internal_run_generator is not None  # interrupted: inside the same epoch
-            if not goes_on and starts_new_run(self):
-                self._restored = None
-            resumed = self._restored is not None and not goes_on
-            if resumed:
-                if prepare_resume(self, self._restored, data, *limits):  # type: ignore[arg-type]
-                    return self.state
-                limits = None, None
-            elif not goes_on:
-                self.state.epoch_is_open = False  # an earlier run's last epoch, cut short, is over all the same
-            self.stop_requested = self.stop_requested and goes_on
-            for phase in self.phases.values() if goes_on else ():
-                phase.remember_modes()
-            super().run(data, *limits, epoch_length)
-        ended = self._internal_run_generator is None
-        self._exit_if_asked()
-        if ended and not resumed and not goes_on and not self.stop_requested and self._steps_tried() == self._steps_before:
-            raise RuntimeError(
-                f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
-                "every window was dropped by partial_window='drop'"
-            )
+            if value is not None:
+                check_count(value, name)
+        if world_size() > 1 and not self.coordinator.is_distributed:
+            self.coordinator = RankCoordinator(self)
+        status = self._next_status()
+        with self._attributing_failures(status):
+            if status is RunStatus.RESUMED:
+                if prepare_resume(self, data, max_epochs, max_iters):
+                    return self.state  # its limit has been reached before
+                max_epochs = max_iters = None  # the state has them now
+            with self._running(status):
+                super().run(data, max_epochs, max_iters, epoch_length)
+        self._exit_if_requested()
+        self._check_progress(status)
         return self.state
 
+    def _next_status(self) -> RunStatus:
+        """What the coming ``run()`` does."""
+        if self._internal_run_generator is not None:
+            return RunStatus.INTERRUPTED
+        if starts_new_run(self):
+            self.run_state.take_checkpoint()
+        return RunStatus.NEW if self.run_state.checkpoint is None else RunStatus.RESUMED
+
     @contextmanager
-    def _attributing_failures(self) -> Iterator[None]:
-        """Where other processes run too, an exception that comes of one's failure names that one."""
-        if self.coordinator is None:
+    def _running(self, status: RunStatus) -> Iterator[None]:
+        """Begins a run or continues one, and records where it stands afterwards."""
+        self.run_state.begin(status)
+        if status is RunStatus.NEW:
+            self.state.epoch_is_open = False  # an epoch that an earlier run has cut short is over
+        elif status is RunStatus.INTERRUPTED:
+            remember_modes(self)
+        try:
             yield
-            return
-        if self._internal_run_generator is None:
-            self.coordinator.failures = Failures()
+        finally:
+            self.run_state.end(is_interrupted=self._internal_run_generator is not None)
+
+    @contextmanager
+    def _attributing_failures(self, status: RunStatus) -> Iterator[None]:
+        """Raises, in place of an exception that another rank's failure has caused, one that names that rank."""
+        if status is not RunStatus.INTERRUPTED:
+            self.coordinator.prepare_run()
         try:
             yield
         except BaseException as error:
-            cause = self.coordinator.failures.leave(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
+            cause = self.coordinator.attribute(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
             if cause is error:
                 raise
             raise cause from error
         finally:
-            self.coordinator.leave()
+            self.coordinator.end_run(self)
 
-    def _exit_if_asked(self) -> None:
-        code, self.exit_code = self.exit_code, None  # where the exit is caught, the next run is an ordinary one
+    def _exit_if_requested(self) -> None:
+        code, self.exit_code = self.exit_code, None  # if the exit is caught, the next run is an ordinary one
         if code is not None:
             raise SystemExit(code)
 
+    def _check_progress(self, status: RunStatus) -> None:
+        """Raises ``RuntimeError`` if a complete run has made no optimizer step."""
+        run = self.run_state
+        is_complete = status is RunStatus.NEW and run.status is RunStatus.FINISHED and not run.stop_requested
+        if is_complete and self.steps_attempted == run.steps_before:
+            raise RuntimeError(
+                f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
+                "every window was dropped by partial_window='drop'"
+            )
+
+    @property
+    def steps_attempted(self) -> int:
+        """The number of optimizer steps of all phases, made or skipped."""
+        return sum(phase.optimizer_step + phase.skipped_steps for phase in self.phases.values())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this is called from inside a run."""
+        generator = self._internal_run_generator
+        return generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_RUNNING
+
     def terminate(self, skip_completed: bool = False, reason: str | None = None) -> None:
-        """Ends the run after the event in which this is called, as Ignite does.
+        """Ends the run after the current event, as Ignite does.
 
         Args:
             skip_completed: leaves out ``COMPLETED``.
-            reason: what ``state.stop_reason`` says.
+            reason: the text of ``state.stop_reason``.
         """
-        self.stop_requested = True
+        self.run_state.stop_requested = True
         where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
-        reason = reason or f"terminate() was called in {where}"
         skip_completed = skip_completed is True  # as a handler itself it is given the engine
-        if self.coordinator is not None and self.is_running:
-            self.coordinator.ask_to_stop(reason, skip_completed)
-            return
-        super().terminate(skip_completed)
-        if self.state.stop_reason is None:
-            self.state.stop_reason = reason
+        self.coordinator.terminate(self, reason or f"terminate() was called in {where}", skip_completed)
 
-    def terminate_epoch(self, *arguments: Any, **keywords: Any) -> None:
-        """Ends the epoch after the event in which this is called, as Ignite does."""
-        if self.coordinator is not None and self.is_running:
-            self.coordinator.epoch_end_requested = True
-            return
-        super().terminate_epoch(*arguments, **keywords)
+    def terminate_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Ends the epoch after the current event, as Ignite does."""
+        self.coordinator.terminate_epoch(self, *args, **kwargs)
 
     def interrupt(self) -> None:
-        """Holds the run up after the present iteration, as Ignite does; the next :meth:`run` goes on there."""
-        if self.coordinator is not None and self.is_running:
-            self.coordinator.interrupt_requested = True
-            return
-        super().interrupt()
+        """Interrupts the run after the present iteration, as Ignite does; the next :meth:`run` continues there."""
+        self.coordinator.interrupt(self)
 
-    def explain(self, *, speed: bool = False) -> str:
-        """The cycle as it will run, as text: each event, its handlers in order, their filters and what they change.
+    # -- the iteration ------------------------------------------------------------------------------------------------
+
+    def _on_data_end(self) -> None:
+        if self.primary.window_is_open:
+            completed = self.primary.stop_window(self)
+            run_followers(self, completed)
+
+    def batches_left(self, phase: Phase) -> float:
+        """The number of batches, the current one included, before a phase's data is sure to end; infinite if unknown."""
+        if phase is not self.primary:
+            return float("inf")
+        state = self.state
+        left = float("inf") if state.epoch_length is None else state.epoch_length - self.epoch_iteration + 1
+        return left if state.max_iters is None else min(left, state.max_iters - state.iteration + 1)
+
+    @property
+    def length_is_known(self) -> bool:
+        """Whether the number of batches in an epoch is known."""
+        return self.state.epoch_length is not None
+
+    @property
+    def window_is_open(self) -> bool:
+        """Whether any phase has accumulated gradients that no optimizer step has used yet."""
+        return any(phase.window_is_open for phase in self.phases.values())
+
+    def skip_step_if(self, flag: torch.Tensor, then: Callable[[], None] | None = None) -> None:
+        """Requests, at ``GRADIENTS_READY`` or ``GRADIENTS_CLIPPED``, that the current optimizer step be skipped.
 
         Args:
-            speed: adds what would make this run faster, in the words to type, with the gain where some steps on copies can
-                measure it; takes some seconds and changes nothing of the run. What it says of data it knows from
-                the first run on.
+            flag: a boolean scalar tensor on any device; if it is true the step is skipped. All flags are read in one transfer,
+                together with the scaler's. With several processes each must call this; one true flag skips the step on all.
+            then: called if the flag is true, before ``OPTIMIZER_STEP_SKIPPED``; may raise.
+
+        Example:
+            >>> def skip_spikes(engine):
+            ...     engine.skip_step_if(engine.state.grad_norm > 100)
+        """
+        self.phases[self.state.phase].skip_step_if(flag, then)
+
+    # -- what it consists of ------------------------------------------------------------------------------------------
+
+    def phases_named(self, name: str | None) -> list[Phase]:
+        """The phase of this name, or all of them for ``None``.
+
+        Raises:
+            ValueError: if there is no such phase.
+        """
+        if name is None:
+            return list(self.phases.values())
+        if name not in self.phases:
+            raise ValueError(f"phase must be one of {list(self.phases)}, got {name!r}")
+        return [self.phases[name]]
+
+    def learning_rates(self, phase: str) -> list[tuple[str, float]]:
+        """The current learning rates of a phase by name; with several phases the names begin with that of the phase."""
+        rates = group_rates(self.phases[phase].optimizers)
+        return [(f"{phase}/{name}", rate) for name, rate in rates] if len(self.phases) > 1 else rates
+
+    def explain(self, *, speed: bool = False) -> str:
+        """Describes the cycle as it will run: each event, its handlers in order, their filters and what they change.
+
+        Args:
+            speed: adds suggestions that would make this run faster, with the speed-up if a few steps on copies can measure it.
+                This takes some seconds and changes nothing. Suggestions about the data need one earlier run.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -306,76 +280,41 @@ class Trainer(LoopEngine):
         """
         if not speed:
             return explain(self)
-        from camshaft.reports.speed import speed_report  # here, because few ask for it
+        from camshaft.reports.speed import speed_report  # imported here because it is rarely needed
 
         return f"{explain(self)}\n\n{speed_report(self)}"
 
-    def _steps_tried(self) -> int:
-        return sum(phase.optimizer_step + phase.skipped_steps for phase in self.phases.values())
+    def _check_event(self, event_name: Any) -> None:
+        self.primary.execution.check_event(event_name)
 
-    def _begin_run(self) -> None:
-        """First of all at ``STARTED``: a new run begins its clocks anew, a resumed one keeps them."""
-        state = self.state
-        state.stop_reason = None
-        self.unclaimed = {}
-        state.phase = self.primary.name
-        for phase in self.phases.values():
-            phase.remember_modes()
-            if self._restored is None and state.iteration == 0:
-                phase.optimizer_step = phase.skipped_steps = phase.forward_passes = 0
-                state.losses.clear()
-        if self.coordinator is not None:
-            self.coordinator.begin()
-        self._steps_before = self._steps_tried()
-        main = list(self.phases.values())[-1]
-        state.optimizer_step, state.skipped_steps = main.optimizer_step, main.skipped_steps
+    def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
+        if isinstance(event_name, PhaseEvent):
+            self.phases_named(event_name.phase)  # raises for a misspelled phase
+        return super()._handler_wrapper(handler, event_name, event_filter)
 
-    def _begin_epoch(self) -> None:
-        """First of all at ``EPOCH_STARTED``: what an earlier run left in the middle of a window is thrown away."""
-        for phase in self.phases.values():
-            if phase.window_is_open:
-                phase.abandon_window()
-
-    def _remember_modes(self) -> None:
-        """Last of all at ``EPOCH_STARTED``: what a user has put in eval mode there stays there."""
-        for phase in self.phases.values():
-            phase.remember_modes()
-
-    def _begin_data(self) -> None:
-        """Last of all at ``STARTED``: a resumed run has its random state again, and an epoch begun isn't begun twice."""
-        if self._restored is None:
-            return
-        restore_metrics(self, self._restored["epoch_metrics"], self.state.epoch_is_open)
-        restore_rng(self._restored["rng"])
-        if self.state.epoch_is_open:
-            self._listeners["EPOCH_STARTED"] = ()  # until the data is set up, which follows at once
+    # -- data ---------------------------------------------------------------------------------------------------------
 
     def _setup_dataloader_iter(self) -> None:
-        restored, self._restored = self._restored, None
-        data = self.state.dataloader
-        if restored is not None:
-            self._listeners.pop("EPOCH_STARTED", None)
-            if self.state.epoch_is_open or not restored["data"]["spent"]:
-                self._init_iter = self.epoch_iteration if self.state.epoch_is_open else 0
-                self._dataloader_iter = self._passed_together(
-                    self.data_position.resume(data, restored["data"], self.state.iteration)
-                )
+        checkpoint = self.run_state.take_checkpoint()
+        data, state = self.state.dataloader, self.state
+        if checkpoint is not None:
+            self._unmute(Events.EPOCH_STARTED)
+            batches = self.data_position.resume(data, checkpoint["data"], state.iteration)
+            if state.epoch_is_open or not checkpoint["data"]["spent"]:
+                self._init_iter = self.epoch_iteration if state.epoch_is_open else 0
+                self._dataloader_iter = self._ending_together(batches)
                 return
-            self.data_position.resume(data, restored["data"], self.state.iteration)
-        self.data_position.begin(data, self.state.iteration, self.state.epoch)
+        self.data_position.begin(data, state.iteration, state.epoch)
         super()._setup_dataloader_iter()
-        self._dataloader_iter = self._passed_together(self._dataloader_iter)
+        self._dataloader_iter = self._ending_together(self._dataloader_iter)
 
-    def _passed_together(self, batches: Any) -> Any:
-        """Batches that end on every process at once, where nobody knows how many there are."""
-        return (
-            until_rank_zero_is_exhausted(batches)
-            if self.coordinator is not None and self.state.epoch_length is None
-            else batches
-        )
+    def _ending_together(self, batches: Any) -> Any:
+        """Batches that end on all ranks at the same time if their number is unknown."""
+        ends_together = self.coordinator.is_distributed and not self.length_is_known
+        return until_rank_zero_is_exhausted(batches) if ends_together else batches
 
     def _on_fetch_error(self, error: Exception) -> None:
-        if self.coordinator is not None:  # the others have begun the next step and would wait for this one
+        if self.coordinator.is_distributed:  # the other ranks have begun the next step and would wait for this one
             raise error
         super()._on_fetch_error(error)
 
@@ -387,14 +326,14 @@ class Trainer(LoopEngine):
 
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)
-        self.length_is_learned = self.data_position.is_exhausted = True
+        self.run_state.length_is_learned = self.data_position.is_exhausted = True
 
     def _warn_of_missing_data(self) -> None:
-        """Ends the run, as well, where an epoch would have no batch at all."""
+        """Also ends the run if an epoch would have no batch at all."""
         super()._warn_of_missing_data()
-        if self.epoch_iteration == 0 and self.coordinator is None and not self._is_done(self.state):
-            reason = f"the data gave out after iteration {self.state.iteration}"
-            self.terminate(reason=f"{reason}: it can be passed over only once; give run() a DataLoader or a list")
+        if self.epoch_iteration == 0 and not self.coordinator.is_distributed and not self._is_done(self.state):
+            reason = f"the data ended after iteration {self.state.iteration}"
+            self.terminate(reason=f"{reason}: it can be iterated over only once; give run() a DataLoader or a list")
             raise _EngineTerminateException
 
     @staticmethod
@@ -402,61 +341,37 @@ class Trainer(LoopEngine):
         if not getattr(state, "epoch_is_open", False):
             return Engine._is_done(state)
         reached = state.max_iters is not None and state.iteration >= state.max_iters
-        return reached and not (
-            state.epoch_length and state.iteration % state.epoch_length == 0
-        )  # that epoch is to be completed
+        epoch_is_full = state.epoch_length and state.iteration % state.epoch_length == 0
+        return reached and not epoch_is_full  # a full epoch is completed first
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoint(self, sharded: bool = False) -> dict[str, Any]:
-        """Everything that a resumed run needs, as tensors and plain values. Of several processes all must call it.
+        """Everything that a resumed run needs, as tensors and plain values. With several processes all must call it.
 
         Args:
-            sharded: leaves tensors that FSDP2 has split over the processes as they are; otherwise they are brought together.
+            sharded: leaves tensors that FSDP2 has sharded as they are; otherwise they are gathered.
 
         Returns:
-            A dict that ``torch.load(weights_only=True)`` can read back, for :meth:`restore`. Its tensors are the live ones.
+            A dict that ``torch.load(weights_only=True)`` can read, for :meth:`restore`. Its tensors are the live ones.
 
         Raises:
-            TypeError: names whatever a checkpoint can't carry.
+            TypeError: if there is something that a checkpoint can't carry; names it.
         """
         return trainer_state_dict(self, sharded)
 
     def sharding_reference(self, name: str) -> torch.Tensor | None:
-        """What a tensor of :meth:`checkpoint` is sharded as here, by its place there; ``None`` for one that is whole."""
-        _, kind, *place = name.split("/")
-        return self.phases[place[0]].sharding_reference("/".join(place[1:])) if kind == "phases" else None
+        """The tensor whose sharding a tensor of :meth:`checkpoint` has, by its path there; ``None`` if it is not sharded."""
+        _, kind, *path = name.split("/")
+        return self.phases[path[0]].sharding_reference("/".join(path[1:])) if kind == "phases" else None
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """Sets everything back to where :meth:`checkpoint` was called; the next :meth:`run` goes on from there.
+        """Restores the state in which :meth:`checkpoint` was called; the next :meth:`run` continues from there.
 
         Args:
-            content: what :meth:`checkpoint` gave.
+            content: the result of :meth:`checkpoint`.
 
         Raises:
-            ValueError: where it belongs to another model, optimizer or scheme; nothing has been changed then.
+            ValueError: if it belongs to another model, optimizer or scheme. After any error the trainer is unchanged.
         """
-        restore(self, content)
-
-
-def check_phases(phases: Sequence[Phase]) -> None:
-    """Raises where the phases can't make a trainer."""
-    if not phases or not all(isinstance(phase, Phase) for phase in phases):
-        raise TypeError(f"phases must be a sequence of at least one Phase, got {phases!r}")
-    names = [phase.name for phase in phases]
-    if len(set(names)) < len(names):
-        raise ValueError(f"every phase needs a name of its own, got {names}")
-    if any(phase.device.type == "meta" for phase in phases):
-        raise ValueError(
-            "the model is on 'meta', where parameters have no values: nothing would be trained. Call "
-            "model.to_empty(device=...) and load or initialise its weights before you make the optimizer"
-        )
-    owner: dict[int, str] = {}
-    for phase in phases:
-        for parameter in phase.parameters():
-            other = owner.setdefault(id(parameter), phase.name)
-            if other != phase.name:
-                raise ValueError(
-                    f"the optimizers of phases {other!r} and {phase.name!r} hold the same parameters; "
-                    "make each from its own network's parameters()"
-                )
+        load_trainer_state(self, content)

@@ -1,4 +1,4 @@
-"""The batches whose gradients make one optimizer step, and what each of them weighs."""
+"""The batches whose gradients make one optimizer step, and the weight of each of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Window"]
 
 
 class Window:
-    """How many batches are gathered, how they are weighed, and how far the gathering has come.
+    """Counts the batches of one optimizer step, and weights their losses.
 
-    With ``loss_weight="batch"`` each loss is divided by the number of batches before it goes backward, exactly as a loop
-    written by hand does it. With any other weight each loss is multiplied by its weight, and the gradients are divided
-    once by the sum of the weights: what a single big batch would have given.
+    With ``loss_weight="batch"`` each loss is divided by the number of batches before its backward pass, exactly as in a
+    hand-written loop. With any other weight each loss is multiplied by its weight, and the gradients are divided once by the
+    sum of the weights. Either way the gradient equals that of one big batch.
 
     Example:
         >>> window = Window()
@@ -30,70 +30,87 @@ class Window:
 
     def __init__(self) -> None:
         self.batches = 0
-        """The number of batches gathered; 0 where no window is open."""
+        """The number of batches accumulated; 0 if no window is open."""
         self.length = 1
-        """The number of batches after which the open window closes."""
+        """The number of batches after which the open window is full."""
         self.weight: Any = 0.0
-        """The sum of the weights gathered."""
+        """The sum of the weights of the batches."""
+        self.is_open = False
+        """Whether a window has been started, from the first batch's ``FORWARD_STARTED`` on."""
         self.will_be_dropped = False
-        """Whether the data ends before the open window is full, which will then be dropped."""
+        """Whether the data ends before the open window is full, and the window will then be dropped."""
         self.configure()
 
     def configure(self, steps: int = 1, loss_weight: str | Callable[[Any], Any] = "batch", partial: str = "step") -> None:
-        """Sets how many batches make a window, how they are weighed, and what becomes of a shorter last one.
+        """Sets the number of batches in a window, their weights, and what happens to a shorter last window.
 
-        A window that is open ends as it began; the next one follows the new settings.
+        An open window keeps its settings; the next one uses the new settings.
         """
-        self._settings, self._changed = (steps, loss_weight, partial), True
-        if self.batches == 0:
-            self._apply()
+        self._settings, self._has_new_settings = (steps, loss_weight, partial), True
+        if not self.is_open:
+            self._apply_settings()
 
     @property
     def settings(self) -> tuple[int, str | Callable[[Any], Any], str]:
-        """Steps, weight and policy as last configured."""
+        """Steps, loss weight and policy as last configured."""
         return self._settings
 
-    def _apply(self) -> None:
-        self._changed = False
+    def _apply_settings(self) -> None:
+        self._has_new_settings = False
         self.steps, self.loss_weight, self.partial = self._settings
-        self.is_single_batch = self.steps == 1 and self.loss_weight == "batch"
-        """Whether every batch is a window and its loss goes backward as it is."""
 
-    def reset(self) -> None:
-        """Ends the window, used or thrown away."""
-        self.batches, self.weight = 0, 0.0
-        if self._changed:
-            self._apply()
+    @property
+    def is_empty(self) -> bool:
+        """Whether the next batch starts a new window."""
+        return self.batches == 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window has all its batches."""
+        return self.batches == self.length
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the next batch fills the window."""
+        return self.batches + 1 == self.length
 
     def open(self, left: float) -> None:
-        """Begins a new window.
+        """Starts a new window.
 
         Args:
-            left: how many batches there are before the data is bound to stop; infinite where that isn't known.
+            left: the number of batches before the data ends; infinite if unknown.
         """
-        short = left < self.steps and self.partial == "step"
-        self.will_be_dropped = left < self.steps and not short
-        self.length, self.weight = int(left) if short else self.steps, 0.0
+        self.is_open = True
+        is_partial = left < self.steps
+        self.will_be_dropped = is_partial and self.partial == "drop"
+        self.length = int(left) if is_partial and not self.will_be_dropped else self.steps
+        self.weight = 0.0
+
+    def reset(self) -> None:
+        """Ends the window, used or discarded."""
+        self.batches, self.weight, self.is_open = 0, 0.0, False
+        if self._has_new_settings:
+            self._apply_settings()
 
     def count(self, weight: Any) -> None:
-        """Notes that a batch of a weight has been gathered."""
+        """Counts a batch with its weight."""
         self.batches += 1
         if weight is not None:
             self.weight += weight
 
     def scale_loss(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
-        """What of a batch's loss goes backward: its part of the window's mean, or its weight times the loss."""
+        """The loss for the backward pass: divided by the window's length, or multiplied by the batch's weight."""
         if weight is None:
             return loss if self.length == 1 else loss / self.length
-        share: torch.Tensor = loss * weight
-        return share
+        scaled: torch.Tensor = loss * weight
+        return scaled
 
     def batch_weight(self, batch: Any) -> Any:
-        """The weight of a batch, a number on the host or a scalar tensor; ``None`` where each counts the same.
+        """The weight of a batch: a number, or a scalar tensor on the device; ``None`` if every batch counts the same.
 
         Raises:
-            TypeError: where samples are to be counted and the batch has no tensor with a length.
-            ValueError: where the user's function gives no finite number of at least 0.
+            TypeError: if samples are counted and no tensor in the batch has a length.
+            ValueError: if the user's function does not return a finite number of at least 0.
         """
         if self.loss_weight == "batch":
             return None
@@ -107,37 +124,38 @@ class Window:
             )
         return weight
 
-    def divisor(self, alone: bool = True) -> Any:
-        """What the gathered gradients have yet to be divided by; ``None`` where they are true as they are.
+    def divisor(self, is_only_process: bool = True) -> Any:
+        """The number by which the accumulated gradients must be divided; ``None`` for 1.
 
         Args:
-            alone: whether no other process gathers for the same window.
+            is_only_process: whether no other process contributes to this window.
 
         Raises:
-            ValueError: where all batches of the window weigh nothing.
+            ValueError: if all batches of the window have weight 0.
         """
-        if self.loss_weight == "batch":  # divided on the way, unless the window came out shorter than planned
+        if self.loss_weight == "batch":  # the losses were divided already, by the length that was planned
             return None if self.batches == self.length else self.batches / self.length
-        if alone and not isinstance(self.weight, torch.Tensor) and self.weight == 0:
+        if is_only_process and not isinstance(self.weight, torch.Tensor) and self.weight == 0:
             raise ValueError("every batch of this window weighs 0 by loss_weight: its mean loss is not defined")
         return self.weight
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window's numbers."""
+        """The counters of the open window."""
         return {"batches": self.batches, "length": self.length, "weight": self.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with a window that was open."""
+        """Restores an open window."""
         self.batches, self.length, self.weight = state["batches"], state["length"], state["weight"]
+        self.is_open = self.batches > 0
 
 
 def checked_weight(weight: Any, function: Callable[[Any], Any]) -> Any:
-    """A weight from a user's function: a number, or a scalar tensor that stays on its device so that nothing waits."""
+    """Validates a weight from a user's function. A scalar tensor stays on its device, so that nothing waits for it."""
     if isinstance(weight, torch.Tensor) and weight.numel() == 1:
         if weight.device.type != "cpu":
             return weight.detach().reshape(())
         weight = float(weight)
     if not isinstance(weight, Real) or not 0 <= float(weight) < float("inf"):
         name = getattr(function, "__qualname__", repr(function))
-        raise ValueError(f"loss_weight ({name}) must give a finite number of at least 0, got {weight!r}")
+        raise ValueError(f"loss_weight ({name}) must return a finite number of at least 0, got {weight!r}")
     return float(weight)

@@ -10,6 +10,7 @@ from torch import nn
 
 from camshaft.engines.phase import Phase
 from camshaft.gan.penalties import HALF, bad_scores, one_each
+from camshaft.objective import Objective
 from camshaft.pytree import describe
 from camshaft.validation import bad_loss, name_of
 
@@ -84,7 +85,7 @@ class GANState:
         return exact
 
 
-class DiscriminatorObjective:
+class DiscriminatorObjective(Objective):
     """The discriminator's objective: its loss of real and generated samples, and the penalties that are due."""
 
     def __init__(self, gan: GANState, loss: Callable[..., Any], penalties: tuple[Any, ...], named: Any) -> None:
@@ -136,7 +137,7 @@ class DiscriminatorObjective:
         return self._none
 
 
-class GeneratorObjective:
+class GeneratorObjective(Objective):
     """The generator's objective: that its samples pass for real ones."""
 
     def __init__(self, gan: GANState, loss: Callable[..., Any], named: Any) -> None:

@@ -16,7 +16,7 @@ from camshaft.checkpoints.files import CheckpointError, load_checked, remove_tem
 from camshaft.checkpoints.index import Entry, Index, best_first, file_name, retained
 from camshaft.checkpoints.sharded import load_manifest, load_shards, save_shards
 from camshaft.checkpoints.writer import CheckpointWriter
-from camshaft.distributed.collectives import all_reduce_max, broadcast_object, is_main_process, world_size
+from camshaft.distributed.collectives import broadcast_object, is_main_process, world_size
 from camshaft.events import Events, Priority, split
 from camshaft.handler import Handler, Listener, on
 from camshaft.metrics import MetricWatch, as_number, check_mode
@@ -157,7 +157,7 @@ class CheckpointRotation(Handler):
         """The events that ask, and the moments at which saving comes last of all."""
         yield from super().listeners()
         for event in self.every:
-            yield Listener(event, self.request, Priority.AGREE - 1)
+            yield Listener(event, self.request, Priority.SYNC - 1)
         yield Listener(Events.ITERATION_COMPLETED(self._when_due), self.save_if_requested, Priority.SAVE)
         yield Listener(Events.EPOCH_COMPLETED, self.save_if_requested_after_epoch, Priority.SAVE)
         if self.watch is not None:
@@ -185,7 +185,7 @@ class CheckpointRotation(Handler):
         return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
 
     def _when_due(self, engine: Any, _: int) -> bool:
-        if engine.coordinator is not None:
+        if engine.coordinator.is_distributed:
             return self.agreed
         if self._requested or (self.watch is not None and self.watch.is_new(engine)):
             return True
@@ -194,11 +194,8 @@ class CheckpointRotation(Handler):
     def save_if_requested(self, engine: Any) -> None:
         """Saves what has been asked for, unless a window is open."""
         self.writer.report_if_done()
-        if engine.coordinator is None:
-            due = self._requested = self.requests_checkpoint(engine)
-        else:
-            due = self.agreed
-            self._requested = self._requested or due  # of one asked for since, the others know after the next iteration
+        due = engine.coordinator.checkpoint_is_requested(engine, self)
+        self._requested = self._requested or due  # a request made since is agreed on after the next iteration
         if due and not engine.window_is_open:
             self._save()
 
@@ -211,14 +208,10 @@ class CheckpointRotation(Handler):
     @on(Events.COMPLETED, priority=Priority.SAVE)
     def finish(self, engine: Any) -> None:
         """Saves the end of a run where anything is new, the gradients of an open window included."""
-        wanted = self.requests_checkpoint(engine) or self._saved_at != self._now(engine)
-        if engine.coordinator is not None:
-            wanted = bool(all_reduce_max([wanted])[0])
-        if wanted:
+        if engine.coordinator.any_rank(self.requests_checkpoint(engine) or self._saved_at != self._now(engine)):
             self._save()
         self.writer.wait()
-        if engine.coordinator is not None:
-            all_reduce_max([0])  # nobody leaves before the file is there
+        engine.coordinator.barrier()  # no rank exits before the file is complete
 
     def check_at_end(self, engine: Any) -> None:
         """A metric that a run has ended without is a mistake."""
@@ -267,7 +260,7 @@ class CheckpointRotation(Handler):
         if self.engine.is_running and self.engine.last_event_name != Events.EXCEPTION_RAISED:
             self.request()
             return None
-        if self.engine.is_running and self.engine.coordinator is not None:
+        if self.engine.is_running and self.engine.coordinator.is_distributed:
             raise RuntimeError(
                 "save() in EXCEPTION_RAISED would wait for the other processes, which may never come to it; resume from the "
                 "last checkpoint, and save more often (every=, every_minutes=)"

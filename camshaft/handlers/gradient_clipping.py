@@ -10,7 +10,7 @@ from torch import nn
 
 from camshaft.distributed.dtensors import full_tensor
 from camshaft.events import Priority, StepEvents
-from camshaft.grad_norms import Norms
+from camshaft.grad_norms import GradNorms
 from camshaft.handler import Handler, on
 
 __all__ = ["GradientClipping"]
@@ -66,40 +66,33 @@ class GradientClipping(Handler):
         self.function, self.phase = function, phase
 
     def on_attach(self, engine: Any) -> None:
-        """Checks the phase's name, and says which norm is going to be taken."""
+        """Checks the phase's name, and says which norm will be computed."""
         for phase in engine.phases_named(self.phase):
-            phase.norm_order = self.norm_type
+            phase.grad_norms.expect(self.norm_type)
 
     def on_detach(self, engine: Any) -> None:
-        """Nobody takes that norm any more."""
+        """Says that this norm is not computed any more."""
         for phase in engine.phases_named(self.phase):
-            phase.norm_order = float("inf")
+            phase.grad_norms.unexpect(self.norm_type)
 
     @on(StepEvents.GRADIENTS_READY, priority=Priority.CLIP)
     def clip(self, engine: Any) -> None:
-        """Measures, then clips."""
+        """Computes the norm, then clips."""
         state = engine.state
         if self.phase is not None and state.phase != self.phase:
             return
         phase = engine.phases[state.phase]
         parameters = phase.parameters()
-        if phase.capture is None:
-            norm = self._clip(parameters, phase.norms)
-        else:
-            bounds = self.max_norm, self.norm_type, self.clip_value
-            norm = phase.capture.clip(bounds, lambda: self._clip(parameters))
-        if state.grad_norm is None:  # another clipping may have been here before
+        settings = self.max_norm, self.norm_type, self.clip_value
+        norm = phase.execution.clip(phase, settings, lambda norms: self._clip(parameters, norms))
+        if state.grad_norm is None:  # another GradientClipping may have computed it before
             state.grad_norm = full_tensor(norm)
         if self.function is not None:
             self.function(parameters)
-        phase.norms = None
 
-    def _clip(self, parameters: list[nn.Parameter], known: Norms | None = None) -> torch.Tensor:
-        """Clips to the bounds; returns the norm that was, from norms that are known already where they are the gradients'."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = None if known is None else known.total(gradients, self.norm_type)
-        if norm is None:
-            norm = nn.utils.get_total_norm(gradients, self.norm_type)
+    def _clip(self, parameters: list[nn.Parameter], norms: GradNorms) -> torch.Tensor:
+        """Clips to the bounds; returns the norm before clipping."""
+        norm = norms.total([p.grad for p in parameters if p.grad is not None], self.norm_type)
         if self.max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         if self.clip_value is not None:

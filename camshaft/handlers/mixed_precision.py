@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from camshaft.handler import Handler
-from camshaft.precision import autocast_for, dtype_of
+from camshaft.precision import Precision, autocast_dtype, precision_for
 
 __all__ = ["MixedPrecision"]
 
@@ -15,17 +15,17 @@ __all__ = ["MixedPrecision"]
 class MixedPrecision(Handler):
     """Runs forward pass and loss under autocast; with float16 the loss is scaled so that small gradients survive.
 
-    It is a setting that the step itself reads: attaching sets it, detaching takes it back. The backward pass runs outside
+    It is a setting that the step itself reads: attaching sets it, detaching removes it. The backward pass runs outside
     autocast, and gradients are unscaled before ``GRADIENTS_READY``, as torch documents it
     (https://docs.pytorch.org/docs/stable/notes/amp_examples.html).
 
     Args:
         dtype: ``"bf16"``, ``"fp16"``, ``torch.bfloat16`` or ``torch.float16``.
-        phase: the phase that it is for; all of them by default.
+        phase: the phase it applies to; all of them by default.
 
     Raises:
-        ValueError: where ``dtype`` is no such precision.
-        RuntimeError: at ``attach``, where the device can't do it.
+        ValueError: if ``dtype`` is not such a precision.
+        RuntimeError: at ``attach``, if the device does not support it.
 
     Example:
         >>> from camshaft import create_trainer
@@ -37,24 +37,23 @@ class MixedPrecision(Handler):
     needs_trainer = True
 
     def __init__(self, dtype: str | torch.dtype, *, phase: str | None = None) -> None:
-        self.dtype = dtype_of(dtype)
+        self.dtype = autocast_dtype(dtype)
         self.phase = phase
-        self._set: list[Any] = []
+        self._phases: list[Any] = []
 
     def on_attach(self, engine: Any) -> None:
-        """Gives each phase its autocast and, for float16, its scaler."""
+        """Gives each phase its precision."""
         phases = engine.phases_named(self.phase)
-        taken = [phase.name for phase in phases if phase.autocast is not None]
+        taken = [phase.name for phase in phases if phase.precision.dtype is not None]
         if taken:
             raise ValueError(f"phase {taken[0]!r} has a precision already; detach that MixedPrecision first")
-        contexts = [autocast_for(self.dtype, phase.device) for phase in phases]
-        for phase, autocast in zip(phases, contexts, strict=True):
-            phase.autocast = autocast
-            phase.scaler = torch.amp.GradScaler(phase.device.type) if self.dtype is torch.float16 else None
-        self._set = phases
+        precisions = [precision_for(self.dtype, phase.device) for phase in phases]
+        for phase, precision in zip(phases, precisions, strict=True):
+            phase.precision = precision
+        self._phases = phases
 
     def on_detach(self, engine: Any) -> None:
-        """Takes them back."""
-        for phase in self._set:  # none, where attaching was refused
-            phase.autocast = phase.scaler = None
-        self._set = []
+        """Returns to full precision."""
+        for phase in self._phases:  # empty if attaching failed
+            phase.precision = Precision()
+        self._phases = []

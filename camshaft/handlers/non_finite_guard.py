@@ -8,7 +8,6 @@ import torch
 
 from camshaft.distributed.collectives import world_size
 from camshaft.events import Priority, StepEvents
-from camshaft.grad_norms import Norms
 from camshaft.handler import Handler, on
 from camshaft.validation import join_names
 
@@ -59,8 +58,8 @@ class NonFiniteGuard(Handler):
         bad = ~torch.stack([loss.reshape(()) for _, loss in self._losses]).isfinite().all()
         self._trained = [p for p in phase.parameters() if p.grad is not None]
         if self._trained:
-            phase.norms = Norms.of([p.grad for p in self._trained], phase.norm_order)  # type: ignore[misc]
-            self._norms = phase.norms.each
+            norms, gradients = phase.grad_norms, [p.grad for p in self._trained]
+            self._norms = norms.each(gradients, norms.expected_order)
             bad_gradient = ~self._norms.isfinite().all()
             for overflow in phase.overflows():  # the scaler's own business
                 bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Events
 
-from camshaft.events import Filtered, StepEvents, filter_terms
+from camshaft.events import FilteredHandler, StepEvents, filter_terms
 from camshaft.handler import Handler
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def explain(trainer: Trainer) -> str:
     """The cycle as it will run; see :meth:`Trainer.explain`."""
     lines = list(_settings(trainer))
     for event, depth in CYCLE:
-        handlers = [entry[0] for entry in trainer._event_handlers.get(event, ()) if not _is_ours(entry[0], trainer)]
+        handlers = [entry[0] for entry in trainer._event_handlers.get(event, ()) if not _is_internal(entry[0])]
         if not handlers and event not in ALWAYS:
             continue
         lines.append("  " * depth + event.name)
@@ -68,23 +69,24 @@ def _settings(trainer: Trainer) -> Iterator[str]:
         if window.loss_weight != "batch":
             weight = window.loss_weight
             text += f", weighted by {weight if isinstance(weight, str) else getattr(weight, '__name__', weight)}"
-        if phase.autocast is not None:
-            text += f", {str(phase.autocast.fast_dtype).removeprefix('torch.')}" + (", scaled" if phase.scaler else "")
-        if phase.capture is not None:
-            text += ", as CUDA graphs" + ("" if phase.capture.records_steps else " (but for the optimizer's step)")
-        yield text
+        if phase.precision.dtype is not None:
+            text += f", {str(phase.precision.dtype).removeprefix('torch.')}"
+        if phase.precision.scaler.is_enabled():
+            text += ", scaled"
+        yield ", ".join(filter(None, [text, phase.execution.describe()]))
 
 
-def _is_ours(function: Any, trainer: Trainer) -> bool:
-    return getattr(function, "__self__", None) is trainer
+def _is_internal(function: Any) -> bool:
+    """Whether a handler is one of the trainer's own functions."""
+    return inspect.isfunction(function) and function.__module__.startswith("camshaft.")
 
 
 def _describe(entry: Any) -> str:
-    function = entry.handler if isinstance(entry, Filtered) else entry
+    function = entry.handler if isinstance(entry, FilteredHandler) else entry
     owner = getattr(function, "__self__", None)
     name = getattr(function, "__name__", type(function).__name__)
     text = f"{owner.describe()}.{name}" if isinstance(owner, Handler) else _qualified(function, owner, name)
-    if isinstance(entry, Filtered):
+    if isinstance(entry, FilteredHandler):
         found = filter_terms(entry.event).items()
         terms = [f"{key}={value!r}" if key != "event_filter" else _words(str(value)) for key, value in found]
         text += f"  ({', '.join(terms)})"

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from camshaft.cudagraphs.graphs import RECORDERS
+from camshaft.cudagraphs.graphs import CAPTURERS
 from camshaft.data.prefetch import Prefetch
 from camshaft.distributed.collectives import world_size
 from camshaft.distributed.dtensors import is_dtensor
@@ -131,8 +131,8 @@ def kernels(module: nn.Module) -> list[torch.Tensor]:
 
 def about_precision(trainer: Trainer, phase: Phase, label: str) -> Iterator[Advice]:
     """Mixed precision, where the device has instructions for it."""
-    if phase.autocast is not None:
-        name = str(phase.autocast.fast_dtype).removeprefix("torch.")
+    if phase.precision.dtype is not None:
+        name = str(phase.precision.dtype).removeprefix("torch.")
         yield Advice(f"{label}mixed precision in {name}", enabled=True)
     elif has_matrices(phase.module) and is_quick_at_bf16(phase.device):
         why = f"{label}float32 throughout, on a device that has bfloat16; rounding changes"
@@ -168,10 +168,10 @@ def about_compiling(phase: Phase, label: str) -> Iterator[Advice]:
 
 def about_capture(phase: Phase) -> Iterator[Advice]:
     """CUDA graphs, where ``create_trainer`` has made the phase."""
-    if isinstance(phase.objective, (Supervised, Custom)) and phase.device.type in RECORDERS and world_size() == 1:
+    if isinstance(phase.objective, (Supervised, Custom)) and phase.device.type in CAPTURERS and world_size() == 1:
         why = "each operation of a step is launched by itself; for batches of one shape"
         left_alone = "not measured: recording takes longer than many steps"
-        yield Advice("create_trainer(..., capture=True)", why, left_alone, phase.capture is not None)
+        yield Advice("create_trainer(..., capture=True)", why, left_alone, bool(phase.execution.describe()))
 
 
 def has_compiler(device: torch.device) -> bool:

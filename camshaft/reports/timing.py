@@ -204,7 +204,7 @@ def gain_of_passes(
     parts = [*module.modules(), module_hooks]
     if any(getattr(part, name, None) for part in parts for name in (*HOOKS, *(f"_global{hook}" for hook in HOOKS))):
         return "not measured: there are hooks on the network, which its copies would call"
-    own = None if phase.autocast is None else phase.autocast.fast_dtype
+    own = phase.precision.dtype
     baseline = round_trip(copy.deepcopy(module), inputs, phase.device, own)
     return paired(baseline, round_trip(change(copy.deepcopy(module)), inputs, phase.device, dtype or own), phase.device)
 

@@ -1,7 +1,6 @@
 """More scenes: weights' files, evaluation, averages, curves and errors of one process alone."""
 
 import signal
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +44,9 @@ from camshaft import (
     load_weights,
     save_weights,
 )
+from camshaft.cudagraphs.wrap import CudaGraphExecution
 from camshaft.distributed.failures import Failures
+from camshaft.engines.execution import EagerExecution
 
 
 def other() -> nn.Module:
@@ -263,11 +264,17 @@ def frozen_under_ddp() -> Any:
     return {"error": error, "moved": moved}
 
 
+class CudaGraphs(EagerExecution):
+    """What ``capture=True`` refuses, on a device that has no graphs."""
+
+    check_distributed = CudaGraphExecution.check_distributed  # type: ignore[assignment]
+
+
 @scene
 def graphs_of_several() -> Any:
     """What ``capture=True`` sets up, on a device that has no graphs."""
     trainer = trainer_of(wrapped(bare()))
-    trainer.primary.capture = SimpleNamespace(check_surroundings=lambda: None)  # type: ignore[assignment]
+    trainer.primary.execution = CudaGraphs()
     return error_of(lambda: trainer.run(batches_of()))
 
 

@@ -70,7 +70,7 @@ def test_weights_of_batches(weight, steps):
 
 @pytest.mark.parametrize("optimizer", ["SGD", "SGD fused", "AdamW fused"])
 @pytest.mark.parametrize("every", ["step", "epoch"])
-@pytest.mark.filterwarnings("ignore:capture=True. the optimizer step .* more than 16 forms")
+@pytest.mark.filterwarnings("ignore:capture=True. the optimizer step .* more than 16 input signatures")
 def test_schedules(optimizer, every):
     """A rate that is read on the device is recorded once, another one anew when it has come often enough."""
     halving = lambda made: torch.optim.lr_scheduler.ExponentialLR(made, 0.5)  # noqa: E731
@@ -279,7 +279,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(steps, amp):
 
 
 def test_a_device_without_graphs(monkeypatch):
-    monkeypatch.delitem(recordings.RECORDERS, "cpu")
+    monkeypatch.delitem(recordings.CAPTURERS, "cpu")
     with pytest.raises(
         ValueError, match="capture=True records CUDA graphs: the model must be on a CUDA device, but it is on cpu"
     ):
@@ -303,7 +303,7 @@ def failing(loss_fn, data=None):
 
 def test_a_loss_that_waits_for_the_device():
     with pytest.raises(
-        RuntimeError, match=r"the forward and backward pass of phase 'model' can't be recorded.*not permitted"
+        RuntimeError, match=r"the forward and backward pass of phase 'model' can't be captured.*not permitted"
     ) as caught:
         failing(lambda y_pred, y: mse_loss(y_pred, y) * y_pred.max().item())
     assert "in epoch 1, iteration 4" in "".join(caught.value.__notes__)
@@ -334,7 +334,7 @@ def test_something_in_a_batch_that_cannot_be_compared():
 def test_too_many_forms_run_without_a_graph_and_say_so_once():
     data = pairs(tuple(range(2, 30)) + (6,) * 6)
     with pytest.warns(
-        UserWarning, match=r"forward and backward pass of phase 'model' has come in more than 16 forms"
+        UserWarning, match=r"forward and backward pass of phase 'model' has more than 16 input signatures"
     ) as caught:
         found = run(True, data=data, epochs=2)
     assert len(caught) == 1
@@ -346,8 +346,7 @@ def test_the_cycle_says_what_is_captured():
     model = linear()
     assert "SGD, as CUDA graphs\n" in trainer_of(capture=True).explain()
     assert (
-        "as CUDA graphs (but for the optimizer's step)"
-        in trainer_of(model, Adagrad(model.parameters()), capture=True).explain()
+        "as CUDA graphs (except the optimizer step)" in trainer_of(model, Adagrad(model.parameters()), capture=True).explain()
     )
     assert "graph" not in trainer_of().explain()
 
@@ -385,7 +384,7 @@ def test_an_error_names_what_spoilt_the_recording_and_not_what_came_before():
     try:
         raise KeyError("some other trouble")
     except KeyError:
-        with pytest.raises(RuntimeError, match="can't be recorded as a CUDA graph: operation not permitted"):
+        with pytest.raises(RuntimeError, match="can't be captured as a CUDA graph: operation not permitted"):
             failing(waits)
 
 
@@ -407,12 +406,12 @@ class Full(TapeRecorder):
 
 
 def test_the_end_of_a_recording_hides_nothing(monkeypatch):
-    monkeypatch.setitem(recordings.RECORDERS, "cpu", SpoiltTwice)
-    with pytest.raises(RuntimeError, match="can't be recorded as a CUDA graph: operation not permitted"):
+    monkeypatch.setitem(recordings.CAPTURERS, "cpu", SpoiltTwice)
+    with pytest.raises(RuntimeError, match="can't be captured as a CUDA graph: operation not permitted"):
         failing(waits)
 
 
 def test_memory_that_gives_out_is_said_as_it_is(monkeypatch):
-    monkeypatch.setitem(recordings.RECORDERS, "cpu", Full)
+    monkeypatch.setitem(recordings.CAPTURERS, "cpu", Full)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
         failing(mse_loss)

@@ -25,8 +25,8 @@ from camshaft import (
     seed_everything,
 )
 from camshaft.cudagraphs import graphs as recordings
-from camshaft.cudagraphs.checks import known
-from camshaft.pytree import form
+from camshaft.cudagraphs.checks import setting_key
+from camshaft.pytree import signature
 from camshaft.pytree import tensors as all_tensors
 
 # -- gradients ------------------------------------------------------------------------------------------------------------
@@ -380,8 +380,8 @@ class Sample:
 )
 def test_batches_of_different_forms(one, other):
     tensors = []
-    assert form(one, tensors) != form(other, [])
-    assert form(one, []) == form(copy.deepcopy(one), [])
+    assert signature(one, tensors) != signature(other, [])
+    assert signature(one, []) == signature(copy.deepcopy(one), [])
     assert len(tensors) == len(list(all_tensors(one)))
 
 
@@ -417,12 +417,12 @@ def test_hooks_of_all_optimizers_are_called_at_each_step():
 
 def test_what_a_graph_keeps_of_a_setting():
     setting = torch.tensor([0.5, 0.25])
-    before = known(setting)
+    before = setting_key(setting)
     setting.fill_(1)
     assert before == (0.5, 0.25)
-    assert known(setting) == (1.0, 1.0)
-    assert known(["a"]) == "['a']"
-    assert known((0.9, 0.99)) == (0.9, 0.99)
+    assert setting_key(setting) == (1.0, 1.0)
+    assert setting_key(["a"]) == "['a']"
+    assert setting_key((0.9, 0.99)) == (0.9, 0.99)
 
 
 def test_a_warm_up_of_a_rate_that_is_a_number_ends_in_a_graph():
@@ -434,7 +434,7 @@ def test_a_warm_up_of_a_rate_that_is_a_number_ends_in_a_graph():
 
         trainer.add_event_handler(Events.ITERATION_STARTED, warm_up)
 
-    with pytest.warns(UserWarning, match="the optimizer step of phase 'model' has come in more than 16 forms"):
+    with pytest.warns(UserWarning, match="the optimizer step of phase 'model' has more than 16 input signatures"):
         assert_same(2, prepare=prepare, optimizer="SGD", epochs=8)
 
 

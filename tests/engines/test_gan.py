@@ -350,7 +350,7 @@ def test_penalty_is_that_of_full_precision_under_amp(amp):
 
 def test_fp16_has_a_scaler_for_each_network():
     trainer = make(amp="fp16", penalty=GradientPenalty())
-    scalers = [phase.scaler for phase in trainer.phases.values()]
+    scalers = [phase.precision.scaler for phase in trainer.phases.values()]
     assert None not in scalers
     assert scalers[0] is not scalers[1]
     trainer.run(data(12))
@@ -361,7 +361,7 @@ def test_fp16_has_a_scaler_for_each_network():
 def test_a_step_that_the_scaler_skips_gives_the_generator_no_turn():
     trainer = make(amp="fp16")
     for phase in trainer.phases.values():
-        phase.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        phase.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
 
     @trainer.on(StepEvents.FORWARD_COMPLETED(phase="discriminator", once=2))
     def overflow(engine):

@@ -60,7 +60,7 @@ def test_each_phase_has_its_own_window_precision_clipping_and_schedule():
     )
     trainer.run(data(4))
     assert [p.forward_passes for p in phases] == [4, 6]
-    assert [p.autocast is None for p in phases] == [True, False]
+    assert [p.precision.dtype is None for p in phases] == [True, False]
     assert set(norms) == {("lead", False), ("follower", True)}
     assert trainer.learning_rates("follower") == [("follower/lr", 0.1 * 0.5**2)]
 

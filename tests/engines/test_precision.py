@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 from toys import batches, linear, same, sgd, trainer_of, weights
 
 from camshaft import Events, MixedPrecision, StepEvents, create_evaluator
-from camshaft.precision import autocast_for, dtype_of
+from camshaft.precision import autocast_dtype, precision_for
 
 CPU = torch.device("cpu")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,37 +32,37 @@ def collect(trainer, event, what):
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)
 def test_dtype_of_a_precision(amp, dtype):
-    assert dtype_of(amp) is dtype
+    assert autocast_dtype(amp) is dtype
 
 
 @pytest.mark.parametrize("amp", ["fp8", "FP16", "float16", "", torch.float32, torch.float64, torch.int8, 16, True, ["fp16"]])
 def test_no_precision(amp):
     with pytest.raises(ValueError, match="amp must be None, 'bf16', 'fp16', torch.bfloat16 or torch.float16, got"):
-        dtype_of(amp)
+        autocast_dtype(amp)
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)
 def test_autocast_of_a_precision(amp, dtype):
-    with autocast_for(amp, CPU):
+    with precision_for(amp, CPU).autocast:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
     assert not torch.is_autocast_enabled("cpu")
 
 
 def test_no_autocast_in_full_precision():
-    assert autocast_for(None, CPU) is None
+    assert precision_for(None, CPU).dtype is None
 
 
 @pytest.mark.parametrize("amp", HALVES)
 def test_device_without_autocast(amp):
     with pytest.raises(RuntimeError, match=f"amp='{amp}': there is no autocast on 'fpga' devices; use amp=None"):
-        autocast_for(amp, torch.device("fpga"))
+        precision_for(amp, torch.device("fpga"))
 
 
 @pytest.mark.parametrize("amp", [None, "bf16", torch.bfloat16, "fp16", torch.float16])
 def test_scaler_exists_for_fp16_only(amp):
     phase = trainer_of(amp=amp).primary
-    assert (phase.scaler is not None) == (amp in ("fp16", torch.float16))
-    assert (phase.autocast is None) == (amp is None)
+    assert phase.precision.scaler.is_enabled() == (amp in ("fp16", torch.float16))
+    assert (phase.precision.dtype is None) == (amp is None)
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def test_small_gradients_survive_fp16():
 def test_scale_halves_when_a_step_is_refused_and_doubles_after_enough_good_ones():
     model = linear()
     trainer = trainer_of(model, amp="fp16")
-    trainer.primary.scaler.set_growth_interval(3)
+    trainer.primary.precision.scaler.set_growth_interval(3)
     trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: model.weight.grad.fill_(float("inf")))
-    scales = collect(trainer, Events.ITERATION_COMPLETED, lambda e: e.primary.scaler.get_scale())
+    scales = collect(trainer, Events.ITERATION_COMPLETED, lambda e: e.primary.precision.scaler.get_scale())
     trainer.run([(0.01 * x, 0.01 * y) for x, y in batches(6)])
     assert scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15, 2.0**16, 2.0**16]
 
@@ -154,14 +154,14 @@ def test_scale_halves_when_a_step_is_refused_and_doubles_after_enough_good_ones(
 def test_scaler_is_updated_once_per_window():
     trainer = trainer_of(amp="fp16", accumulation_steps=2)
     trainer.run(small_batches(4))
-    assert trainer.primary.scaler.state_dict()["_growth_tracker"] == 2
+    assert trainer.primary.precision.scaler.state_dict()["_growth_tracker"] == 2
 
 
 def test_dropped_window_leaves_the_scaler_as_it_was():
     trainer = trainer_of(amp="fp16", accumulation_steps=3, partial_window="drop")
     trainer.run(small_batches(4), max_epochs=2)
-    assert trainer.primary.scaler.state_dict()["_growth_tracker"] == trainer.state.optimizer_step == 2
-    assert trainer.primary.scaler.get_scale() == 2.0**16
+    assert trainer.primary.precision.scaler.state_dict()["_growth_tracker"] == trainer.state.optimizer_step == 2
+    assert trainer.primary.precision.scaler.get_scale() == 2.0**16
 
 
 def test_step_that_a_handler_refuses_lets_the_scaler_go_on():
@@ -170,7 +170,7 @@ def test_step_that_a_handler_refuses_lets_the_scaler_go_on():
     trainer = trainer_of(model, amp="fp16")
     trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda: trainer.skip_step_if(torch.tensor(True)))
     trainer.run(small_batches(3))
-    assert (trainer.state.skipped_steps, trainer.primary.scaler.get_scale()) == (3, 2.0**16)
+    assert (trainer.state.skipped_steps, trainer.primary.precision.scaler.get_scale()) == (3, 2.0**16)
     assert same(weights(model), before)
 
 
@@ -196,8 +196,8 @@ def test_detaching_takes_precision_and_scaler_back():
     model, expected = linear(), linear()
     trainer = trainer_of(model)
     with MixedPrecision("fp16").attached(trainer):
-        assert trainer.primary.scaler is not None
-    assert (trainer.primary.autocast, trainer.primary.scaler) == (None, None)
+        assert trainer.primary.precision.scaler.is_enabled()
+    assert (trainer.primary.precision.dtype, trainer.primary.precision.scaler.is_enabled()) == (None, False)
     trainer.run(batches())
     trainer_of(expected).run(batches())
     assert same(weights(model), weights(expected))
@@ -208,7 +208,7 @@ def test_two_precisions_are_an_error():
     with pytest.raises(ValueError, match="phase 'model' has a precision already"):
         MixedPrecision("fp16").attach(trainer, "second")
     assert list(trainer.handlers) == ["MixedPrecision"]
-    assert trainer.primary.autocast is not None
+    assert trainer.primary.precision.dtype is not None
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)

@@ -358,7 +358,7 @@ def test_loss_and_output_are_undivided_under_accumulation(amp, loss_weight):
     after = collect(trainer, StepEvents.BACKWARD_COMPLETED, lambda e: e.state.loss)
     outputs = collect(trainer, Events.ITERATION_COMPLETED, lambda e: e.state.output)
     trainer.run(batches())
-    with torch.autocast("cpu", trainer.primary.autocast.fast_dtype if amp else torch.bfloat16, enabled=amp is not None):
+    with torch.autocast("cpu", trainer.primary.precision.dtype if amp else torch.bfloat16, enabled=amp is not None):
         expected = [mse_loss(linear()(x), y).detach() for x, y in batches()]
     assert same(before, expected)
     assert same(after, expected)

@@ -343,7 +343,7 @@ def test_data_that_can_be_passed_over_only_once_ends_the_run_and_no_epoch_is_wit
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: epochs.append(e.state.iteration))
     state = trainer.run((batch for batch in batches(3)), max_epochs=4)
     assert epochs == [3]
-    assert state.stop_reason.startswith("the data gave out after iteration 3: it can be passed over only once")
+    assert state.stop_reason.startswith("the data ended after iteration 3: it can be iterated over only once")
 
 
 def test_terminate_says_where_and_may_say_why():

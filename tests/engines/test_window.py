@@ -103,13 +103,6 @@ def test_loss_of_a_window_of_one_is_handed_on_as_it_is():
     assert window_of(1).scale_loss(loss, None) is loss
 
 
-@pytest.mark.parametrize(
-    ("steps", "loss_weight", "plain"), [(1, "batch", True), (2, "batch", False), (1, "samples", False), (1, len, False)]
-)
-def test_window_is_plain_where_every_batch_is_a_step(steps, loss_weight, plain):
-    assert window_of(steps, loss_weight).is_single_batch is plain
-
-
 @dataclass
 class Sentences:
     lengths: list
@@ -151,7 +144,7 @@ def test_weight_that_is_none(weight):
     def tokens(batch):
         return weight
 
-    with pytest.raises(ValueError, match=r"loss_weight \(.*tokens\) must give a finite number of at least 0"):
+    with pytest.raises(ValueError, match=r"loss_weight \(.*tokens\) must return a finite number of at least 0"):
         window_of(2, tokens).batch_weight(None)
 
 

@@ -242,7 +242,7 @@ def train(case):
 
     state = trainer.run(loader, max_epochs=EPOCHS)
     assert state.optimizer_step == len(seen["rates"])
-    return seen | {"skipped": state.skipped_steps} | final_state(model, optimizers, trainer.phases["model"].scaler)
+    return seen | {"skipped": state.skipped_steps} | final_state(model, optimizers, trainer.phases["model"].precision.scaler)
 
 
 def final_state(model, optimizers, scaler):

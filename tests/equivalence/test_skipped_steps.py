@@ -85,7 +85,7 @@ def test_equals_the_documented_loop(kind, accumulation):
     trainer = half_trainer(model, optimizer, accumulation_steps=accumulation, clip_grad_norm=0.5, scheduler=scheduler)
     trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(lambda _, iteration: iteration in SPOILED), lambda: spoil(model))
     state = trainer.run(batches())
-    mine = model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), trainer.primary.scaler.state_dict()
+    mine = model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), trainer.primary.precision.scaler.state_dict()
     torch.testing.assert_close(mine, train_as_documented(kind, batches(), accumulation), rtol=0.0, atol=0.0)
     refused = len({(iteration - 1) // accumulation for iteration in SPOILED})
     assert (state.skipped_steps, state.optimizer_step) == (refused, 10 // accumulation - refused)
@@ -171,7 +171,7 @@ def test_all_optimizers_are_refused_where_one_is(kinds, bad):
                 scaler.step(optimizer)
         scaler.update()
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (7, 3)
-    mine = model.state_dict(), [o.state_dict() for o in trained], trainer.primary.scaler.state_dict()
+    mine = model.state_dict(), [o.state_dict() for o in trained], trainer.primary.precision.scaler.state_dict()
     hand = expected.state_dict(), [o.state_dict() for o in by_hand], scaler.state_dict()
     torch.testing.assert_close(mine, hand, rtol=0.0, atol=0.0)
 
@@ -210,7 +210,7 @@ def test_real_overflow_of_half_precision_skips_and_recovers():
     model = network()
     trainer = half_trainer(model, OPTIMIZERS["adam"](model.parameters()))
     trainer.run([(x, 500 * y) for x, y in batches()], max_epochs=2)
-    state, scale = trainer.state, trainer.primary.scaler.get_scale()
+    state, scale = trainer.state, trainer.primary.precision.scaler.get_scale()
     assert state.skipped_steps > 0
     assert state.optimizer_step + state.skipped_steps == 20
     assert scale == 2.0**16 / 2**state.skipped_steps

@@ -229,7 +229,7 @@ def captured(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **
 def test_a_captured_step_gives_the_same_bits(amp, window):
     (expected, _), (found, trainer) = (captured(c, on_device(), amp=amp, accumulation_steps=window) for c in (False, True))
     assert differing(expected, found) == set()
-    assert trainer.primary.capture._surroundings, "nothing was recorded"
+    assert trainer.primary.execution._guards, "nothing was captured"
 
 
 @pytest.mark.parametrize("made", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
@@ -251,7 +251,7 @@ def test_a_loss_that_waits_can_not_be_captured_and_the_device_lives_on():
     waits = lambda y_pred, y: nn.functional.cross_entropy(y_pred, y) * y_pred.max().item()  # noqa: E731
     trainer = create_trainer(model, optimizer, waits, capture=True)
     stream = torch.cuda.current_stream()
-    with pytest.raises(RuntimeError, match="can't be recorded as a CUDA graph"):
+    with pytest.raises(RuntimeError, match="can't be captured as a CUDA graph"):
         trainer.run(on_device())
     assert torch.cuda.current_stream() == stream
     assert float(torch.ones(3, device=DEVICE).sum()) == 3

@@ -101,7 +101,7 @@ def test_a_weight_that_is_none_names_the_function(weight):
     def tokens(batch):
         return weight
 
-    with pytest.raises(ValueError, match=r"loss_weight \(.*tokens\) must give a finite number of at least 0, got"):
+    with pytest.raises(ValueError, match=r"loss_weight \(.*tokens\) must return a finite number of at least 0, got"):
         trainer_of(loss_weight=tokens).run(batches(2))
 
 

@@ -24,6 +24,7 @@ from camshaft import (
     create_gan_trainer,
     create_trainer,
 )
+from camshaft.engines.loop import no_handlers
 from camshaft.handlers.keras_style import METHODS
 
 
@@ -259,8 +260,8 @@ def test_an_epochs_mean_is_fetched_once(monkeypatch):
 def test_a_callback_without_a_batchs_end_costs_nothing_there():
     trainer = trainer_of()
     KerasStyle(only(on_epoch_begin=lambda epoch, logs: None)).attach(trainer)
-    assert not trainer.heard.iteration_completed
-    assert not trainer.heard.iteration_started
+    assert trainer.fire.iteration_completed is no_handlers
+    assert trainer.fire.iteration_started is no_handlers
 
 
 TWO = """

@@ -86,20 +86,20 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     x, y = batches(1)[0]
     trainer.run([(x * 1e4, y * 1e4)])
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (0, 1)
-    assert trainer.primary.scaler.get_scale() == 2.0**15
+    assert trainer.primary.precision.scaler.get_scale() == 2.0**15
     assert same(weights(model_of(trainer)), before)
 
 
 def test_a_scaler_exists_for_fp16_alone():
-    assert trainer_of(amp="bf16").primary.scaler is None
-    assert trainer_of(amp="fp16").primary.scaler is not None
+    assert trainer_of(amp="bf16").primary.precision.scaler.is_enabled() is False
+    assert trainer_of(amp="fp16").primary.precision.scaler.is_enabled()
 
 
 def test_detaching_takes_it_back():
     trainer = trainer_of()
     with MixedPrecision("fp16").attached(trainer):
-        assert trainer.primary.autocast is not None
-    assert (trainer.primary.autocast, trainer.primary.scaler) == (None, None)
+        assert trainer.primary.precision.dtype is not None
+    assert (trainer.primary.precision.dtype, trainer.primary.precision.scaler.is_enabled()) == (None, False)
     trainer.run(batches(1))
     assert trainer.state.y_pred.dtype == torch.float32
 
@@ -114,5 +114,5 @@ def test_a_second_precision_is_an_error():
     trainer = trainer_of(amp="bf16")
     with pytest.raises(ValueError, match="phase 'model' has a precision already; detach that MixedPrecision first"):
         MixedPrecision("fp16").attach(trainer, "second")
-    assert trainer.primary.autocast.fast_dtype == torch.bfloat16
+    assert trainer.primary.precision.dtype == torch.bfloat16
     assert list(trainer.handlers) == ["MixedPrecision"]

@@ -206,7 +206,7 @@ def test_sparse_gradients_and_parameters_without_entries_are_looked_at_too(scale
 
 def test_under_fp16_a_gradient_that_a_handler_spoils_after_unscaling_is_seen():
     trainer = trainer_of(amp="fp16")
-    trainer.primary.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # no overflow to hide it
+    trainer.primary.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # no overflow to hide it
     NonFiniteGuard("raise").attach(trainer)
     trainer.add_event_handler(StepEvents.GRADIENTS_READY(once=2), lambda e: model_of(e).weight.grad.fill_(NAN))
     with pytest.raises(FloatingPointError, match="the gradient of weight is not finite in iteration 2"):

@@ -121,7 +121,7 @@ def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
     assert handler.engine is trainer
     handler.detach()
     assert (handler.engine, trainer.handlers, trainer.explain()) == (None, {}, text)
-    assert (trainer.primary.window.settings, trainer.primary.autocast, trainer.primary.scaler) == (before, None, None)
+    assert (trainer.primary.window.settings, trainer.primary.precision.dtype) == (before, None)
     assert all(parameter.requires_grad for parameter in model_of(trainer).parameters())
 
 

@@ -1,0 +1,60 @@
+"""Where a trainer's run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+__all__ = ["RunState", "RunStatus"]
+
+
+class RunStatus(Enum):
+    """What the next ``run()`` does, or the present one is doing."""
+
+    NEW = "new"
+    """It starts a run: the clocks begin at 0, unless an earlier run of the same trainer is extended."""
+    RESUMED = "resumed"
+    """A checkpoint has been loaded; it continues from there."""
+    INTERRUPTED = "interrupted"
+    """``interrupt()`` has paused the run; it continues inside the same epoch."""
+    FINISHED = "finished"
+    """The run has ended, by reaching its limit, by ``terminate()`` or by an exception."""
+
+
+@dataclass
+class RunState:
+    """Where a trainer's run stands."""
+
+    status: RunStatus = RunStatus.NEW
+    checkpoint: Mapping[str, Any] | None = None
+    """The content of the loaded checkpoint, until the run that continues from it has set up its data."""
+    stop_requested: bool = False
+    """Whether ``terminate()`` has been called in this run."""
+    steps_before: int = 0
+    """The number of optimizer steps made or skipped before this run."""
+    length_is_learned: bool = False
+    """Whether the length of an epoch is known because the data has ended once."""
+
+    def loaded(self, checkpoint: Mapping[str, Any]) -> None:
+        """A checkpoint has been loaded."""
+        self.status, self.checkpoint = RunStatus.RESUMED, checkpoint
+
+    def begin(self, status: RunStatus) -> None:
+        """A run begins or continues."""
+        if status is not RunStatus.INTERRUPTED:
+            self.stop_requested = False
+        self.status = status
+
+    def end(self, is_interrupted: bool) -> None:
+        """The run has been interrupted or has ended. A checkpoint that it has not got to is still to be resumed from."""
+        if is_interrupted:
+            self.status = RunStatus.INTERRUPTED
+        else:
+            self.status = RunStatus.FINISHED if self.checkpoint is None else RunStatus.RESUMED
+
+    def take_checkpoint(self) -> Mapping[str, Any] | None:
+        """The loaded checkpoint; from now on the run is where it stands."""
+        checkpoint, self.checkpoint = self.checkpoint, None
+        return checkpoint
