@@ -106,12 +106,21 @@ class Handler:
     name: str = ""
     """The name under which its state is saved."""
     _engine: weakref.ref[Engine] | None = None
+    _engine_before_run: Engine | None = None
     _handles: Sequence[RemovableEventHandle] = ()
 
     @property
     def engine(self) -> Any:
-        """The engine to which this handler is attached, or ``None``. The engine holds its handlers, not the reverse."""
+        """The engine to which this handler is attached, or ``None``.
+
+        An engine holds its handlers, and the reference back is weak, so that an engine that goes out of scope is freed at once.
+        Only before the first run it is strong: ``CheckpointRotation(folder).attach(create_trainer(...))`` can be resumed.
+        """
         return None if self._engine is None else self._engine()
+
+    def release_engine(self) -> None:
+        """Called after each run: from now on the handler does not keep its engine alive."""
+        self._engine_before_run = None
 
     def attach(self, engine: Engine, name: str | None = None) -> Self:
         """Registers every marked method on its events of ``engine``.
@@ -134,6 +143,7 @@ class Handler:
         check_class(self, listeners)
         check_listeners(self, engine, listeners)
         self._engine, self.name = weakref.ref(engine), name
+        self._engine_before_run = None if getattr(engine, "has_run", True) else engine
         handlers_of(engine)[name] = self
         try:
             self.on_attach(engine)
@@ -166,7 +176,7 @@ class Handler:
 
     def detach(self) -> None:
         """Removes every method from the engine; does nothing if the handler is not attached."""
-        engine, self._engine = self.engine, None
+        engine, self._engine, self._engine_before_run = self.engine, None, None
         if engine is None:
             return
         for item in self.listeners():

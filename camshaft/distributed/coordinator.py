@@ -58,9 +58,8 @@ class Coordinator:
     def barrier(self) -> None:
         """Waits for the other ranks."""
 
-    def attribute(self, error: BaseException, where: str) -> BaseException:
-        """The exception to raise: if another rank's failure caused ``error``, one that names that rank."""
-        return error
+    def raise_cause(self, error: BaseException, where: str) -> None:
+        """Raises an exception that names another rank if that rank's failure has caused ``error``."""
 
 
 class RankCoordinator(Coordinator):
@@ -147,9 +146,11 @@ class RankCoordinator(Coordinator):
         """Waits for the other ranks."""
         all_reduce_max([0])
 
-    def attribute(self, error: BaseException, where: str) -> BaseException:
-        """The exception to raise: if another rank's failure caused ``error``, one that names that rank."""
-        return self.failures.leave(error, where)
+    def raise_cause(self, error: BaseException, where: str) -> None:
+        """Raises an exception that names another rank if that rank's failure has caused ``error``."""
+        cause = self.failures.leave(error, where)
+        if cause is not error:
+            raise cause from error
 
     def sync(self, trainer: Any) -> None:
         """Compares the requests of all ranks, and carries out what any rank requests."""

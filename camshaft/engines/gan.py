@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from camshaft.engines.phase import Phase
+from camshaft.engines.shorthand import attach_schedulers, attach_settings
 from camshaft.engines.trainer import Trainer
 from camshaft.gan.losses import loss_pair
 from camshaft.gan.objectives import DiscriminatorObjective, GANState, GeneratorObjective, penalty_interval
 from camshaft.gan.penalties import Penalty, look_at
-from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
 from camshaft.models import ddp_wrapper
 from camshaft.pytree import describe, to_device
 from camshaft.validation import check_count, check_prepare, name_of
@@ -162,22 +162,23 @@ def create_gan_trainer(
             "device before you make their optimizers"
         )
     gan.device = judging.device = lead.device
-    gan.phases = lead, follower
     for phase in (lead, follower):
         phase.reduced_by_hand = ddp_wrapper(phase.module) is not None
     trainer = Trainer([lead, follower], output=output)
     if any(isinstance(item, Penalty) for item in penalties):
         look_at(discriminator)
 
-    if amp is not None:
-        MixedPrecision(amp).attach(trainer)
-    check_count(accumulation_steps, "accumulation_steps")
-    if (accumulation_steps, loss_weight, partial_window) != (1, "batch", "step"):
-        GradientAccumulation(accumulation_steps, loss_weight=loss_weight, partial_window=partial_window).attach(trainer)
-    if clip_grad_norm is not None or clip_grad_value is not None:
-        GradientClipping(clip_grad_norm, clip_value=clip_grad_value).attach(trainer)
-    for name, scheduler in (("generator", generator_scheduler), ("discriminator", discriminator_scheduler)):
-        attach_schedulers(trainer, name, scheduler, schedule_every)
+    attach_settings(
+        trainer,
+        amp=amp,
+        accumulation_steps=accumulation_steps,
+        loss_weight=loss_weight,
+        partial_window=partial_window,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
+    )
+    attach_schedulers(trainer, generator_scheduler, schedule_every, phase="generator")
+    attach_schedulers(trainer, discriminator_scheduler, schedule_every, phase="discriminator")
     return trainer
 
 
@@ -211,21 +212,3 @@ def penalties_of(penalty: Any) -> tuple[Any, ...]:
             raise TypeError(f"penalty must be GradientPenalty(), DRAGAN(), R1(), R2(), a callable or a sequence, got {item!r}")
         check_count(penalty_interval(item), f"every of {name_of(item)}")
     return penalties
-
-
-def attach_schedulers(trainer: Trainer, phase: str, scheduler: Any, every: str) -> None:
-    """Attaches a network's schedulers.
-
-    Raises:
-        ValueError: where one was made for the other network's optimizer.
-    """
-    schedulers = () if scheduler is None else scheduler if isinstance(scheduler, (list, tuple)) else (scheduler,)
-    for number, item in enumerate(schedulers, start=1):
-        handler = LRScheduling(item, every=every).attach(
-            trainer, f"LRScheduling/{phase}" + (f"/{number}" if number > 1 else "")
-        )
-        if handler.phase != phase:
-            raise ValueError(
-                f"{phase}_scheduler ({type(item).__name__}) was made for the {handler.phase}'s optimizer; make it from "
-                f"{phase}_optimizer"
-            )

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
 
 from camshaft.events import FilteredHandler, Priority, split
-from camshaft.handler import check_takes_engine, stop
+from camshaft.handler import check_takes_engine, handlers_of, stop
 
 __all__ = ["LoopEngine", "no_handlers"]
 
@@ -59,6 +59,8 @@ class LoopEngine(Engine):
         self.fire = Fire()
         self.ending: str | None = None
         """Why the run is about to end; if set, a batch that can't be fetched is not an error."""
+        self.has_run = False
+        """Whether a run has ended, by an exception too."""
         self.epoch_iteration = 0
         """The number of batches of this epoch that have been fetched."""
         super().__init__(process_function)
@@ -189,7 +191,10 @@ class LoopEngine(Engine):
             except BaseException as second:
                 if second is not e:
                     add_note(e, f"camshaft: a handler of EXCEPTION_RAISED failed too: {second!r}")
-        raise e
+        try:
+            raise e
+        finally:
+            del e  # its traceback holds this frame
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -204,6 +209,14 @@ class LoopEngine(Engine):
                 self._internal_run_generator = None  # Ignite would try to continue it
                 self._init_iter = 0  # as after terminate(): the next epoch starts with its first batch
             raise
+        finally:
+            self.has_run = True
+            self.release_by_handlers()
+
+    def release_by_handlers(self) -> None:
+        """Makes the references of the attached handlers to this engine weak."""
+        for handler in handlers_of(self).values():
+            handler.release_engine()
 
     def _internal_run_legacy(self) -> State:
         """Runs the one loop there is: Ignite's loop without interruption is not used."""

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from camshaft.cudagraphs.wrap import CudaGraphExecution
 from camshaft.engines.phase import Phase
+from camshaft.engines.shorthand import attach_schedulers, attach_settings
 from camshaft.engines.trainer import Trainer
-from camshaft.handlers import GradientAccumulation, GradientClipping, LRScheduling, MixedPrecision
 from camshaft.handlers.lr_scheduling import check_every
 from camshaft.objective import Objective
 from camshaft.pytree import detach, prepare_pair
-from camshaft.validation import check_count, check_no_class, check_prepare, name_of
+from camshaft.validation import check_no_class, check_prepare, name_of
 
 __all__ = ["Custom", "Supervised", "create_trainer"]
 
@@ -108,17 +108,16 @@ def create_trainer(
         raise TypeError(f"capture must be True or False, got {capture!r}")
     if capture:
         phase.execution = CudaGraphExecution(phase)
-    if amp is not None:
-        MixedPrecision(amp).attach(trainer)
-    check_count(accumulation_steps, "accumulation_steps")
-    if (accumulation_steps, loss_weight, partial_window) != (1, "batch", "step"):
-        GradientAccumulation(accumulation_steps, loss_weight=loss_weight, partial_window=partial_window).attach(trainer)
-    if clip_grad_norm is not None or clip_grad_value is not None:
-        GradientClipping(clip_grad_norm, clip_value=clip_grad_value).attach(trainer)
-    if scheduler is not None:
-        schedulers = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
-        for number, item in enumerate(schedulers, start=1):
-            LRScheduling(item, every=schedule_every).attach(trainer, None if number == 1 else f"LRScheduling{number}")
+    attach_settings(
+        trainer,
+        amp=amp,
+        accumulation_steps=accumulation_steps,
+        loss_weight=loss_weight,
+        partial_window=partial_window,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
+    )
+    attach_schedulers(trainer, scheduler, schedule_every)
     return trainer
 
 

@@ -151,10 +151,8 @@ class Trainer(LoopEngine):
         try:
             yield
         except BaseException as error:
-            cause = self.coordinator.attribute(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
-            if cause is error:
-                raise
-            raise cause from error
+            self.coordinator.raise_cause(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
+            raise
         finally:
             self.coordinator.end_run(self)
 

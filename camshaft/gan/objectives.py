@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from camshaft.engines.phase import Phase
 from camshaft.gan.penalties import HALF, bad_scores, one_each
 from camshaft.objective import Objective
 from camshaft.pytree import describe
@@ -21,7 +20,6 @@ class GANState:
     """The two networks and what both turns share: the real batch on its device, samples and scores, each looked at."""
 
     device: torch.device
-    phases: tuple[Phase, Phase]
 
     def __init__(
         self,
@@ -50,12 +48,11 @@ class GANState:
         if self.conditional and state.y is None:
             raise TypeError(f"conditional=True needs batches (x, y), got {describe(batch)}{where(engine)}")
 
-    def train(self) -> None:
-        """Both networks take part in both turns: a handler may have left either in eval mode."""
-        if not self.generator.training:
-            self.phases[1].restore_modes()
-        if not self.discriminator.training:
-            self.phases[0].restore_modes()
+    def train(self, engine: Any) -> None:
+        """Puts both networks in training mode: both take part in both turns."""
+        for phase in engine.phases.values():
+            if not phase.module.training:
+                phase.restore_modes()
 
     def samples(self, engine: Any) -> torch.Tensor:
         """As many generated samples as the batch has real ones."""
@@ -97,7 +94,7 @@ class DiscriminatorObjective(Objective):
 
     def prepare(self, engine: Any, batch: Any) -> None:
         self.gan.receive(engine, batch)
-        self.gan.train()
+        self.gan.train(engine)
 
     def __call__(self, engine: Any, _: Any) -> torch.Tensor:
         state, gan = engine.state, self.gan
@@ -147,7 +144,7 @@ class GeneratorObjective(Objective):
     def prepare(self, engine: Any, batch: Any) -> None:
         if engine.state.x is None:  # the data ended inside a window that a resumed run has not gathered itself
             self.gan.receive(engine, batch)
-        self.gan.train()
+        self.gan.train(engine)
 
     def __call__(self, engine: Any, _: Any) -> torch.Tensor:
         state, gan = engine.state, self.gan

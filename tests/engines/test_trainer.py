@@ -286,7 +286,7 @@ def test_explain_shows_the_packages_own_filters_as_words(tmp_path):
     camshaft.EarlyStopping("score").attach(trainer)
     TensorBoard(tmp_path / "board").attach(trainer)
     lines = [line.strip() for line in trainer.explain().splitlines()]
-    shown = ["CheckpointRotation.settle  (when due)", "EarlyStopping.judge  (when new)"]
+    shown = ["CheckpointRotation.save_if_requested  (when due)", "EarlyStopping.judge  (when new)"]
     assert {*shown, "TensorBoard.write_metrics  (when metrics are new)"} <= set(lines)
     assert not any("_is_" in line or "MetricWatch" in line for line in lines)
     assert {"CheckpointRotation.check_at_end", "EarlyStopping.check_at_end"} <= set(lines)

@@ -19,10 +19,9 @@ from camshaft import (
     LRScheduling,
     StepEvents,
     create_trainer,
-    files,
     save_weights,
-    writer,
 )
+from camshaft.checkpoints import files, writer
 
 NAN = float("nan")
 
