@@ -1,4 +1,4 @@
-"""A training engine on pytorch-ignite: one training step is a cycle of named moments, and handlers open at theirs.
+"""A training engine on pytorch-ignite: events inside the training step, and handlers that run on them.
 
 Example:
     >>> import torch
@@ -11,90 +11,40 @@ Example:
     ...     print(engine.state.optimizer_step, engine.state.grad_norm)
 """
 
-from camshaft.data.prefetch import Prefetch
-from camshaft.engines import (
-    DRAGAN,
-    R1,
-    R2,
-    GradientPenalty,
-    Phase,
-    SeededDataset,
-    Trainer,
-    create_evaluator,
-    create_gan_trainer,
-    create_trainer,
-    gradient_penalty,
-    load_weights,
-    save_weights,
-    seed_everything,
-    worker_init_fn,
-)
-from camshaft.events import Events, Priority, StepEvents
-from camshaft.handler import Handler, on
-from camshaft.handlers import (
-    CheckpointRotation,
-    EarlyStopping,
-    EmptyCache,
-    Evaluation,
-    ExponentialMovingAverage,
-    FreezeParameters,
-    GradientAccumulation,
-    GradientClipping,
-    KerasStyle,
-    LRHistory,
-    LRScheduling,
-    MixedPrecision,
-    NonFiniteGuard,
-    Progress,
-    StopOnSignal,
-    TensorBoard,
-    TimeLimit,
-)
-from camshaft.models import ParameterCount, count_parameters, freeze, unfreeze
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from camshaft.checkpoints.files import CheckpointError as CheckpointError
+from camshaft.checkpoints.weights import load_weights as load_weights
+from camshaft.checkpoints.weights import save_weights as save_weights
+from camshaft.data.prefetch import Prefetch as Prefetch
+from camshaft.data.seeding import SeededDataset as SeededDataset
+from camshaft.data.seeding import seed_everything as seed_everything
+from camshaft.data.seeding import worker_init_fn as worker_init_fn
+from camshaft.engines import Phase as Phase
+from camshaft.engines import Trainer as Trainer
+from camshaft.engines import create_evaluator as create_evaluator
+from camshaft.engines import create_gan_trainer as create_gan_trainer
+from camshaft.engines import create_trainer as create_trainer
+from camshaft.events import Events as Events
+from camshaft.events import Priority as Priority
+from camshaft.events import StepEvents as StepEvents
+from camshaft.gan.penalties import DRAGAN as DRAGAN
+from camshaft.gan.penalties import R1 as R1
+from camshaft.gan.penalties import R2 as R2
+from camshaft.gan.penalties import GradientPenalty as GradientPenalty
+from camshaft.gan.penalties import gradient_penalty as gradient_penalty
+from camshaft.handlers import *  # noqa: F403  (every handler, as camshaft.handlers lists them)
+from camshaft.models import ParameterCount as ParameterCount
+from camshaft.models import count_parameters as count_parameters
+from camshaft.models import freeze as freeze
+from camshaft.models import unfreeze as unfreeze
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CheckpointRotation",
-    "DRAGAN",
-    "EarlyStopping",
-    "EmptyCache",
-    "Evaluation",
-    "Events",
-    "ExponentialMovingAverage",
-    "FreezeParameters",
-    "GradientAccumulation",
-    "GradientClipping",
-    "GradientPenalty",
-    "Handler",
-    "KerasStyle",
-    "LRHistory",
-    "LRScheduling",
-    "MixedPrecision",
-    "NonFiniteGuard",
-    "ParameterCount",
-    "Phase",
-    "Prefetch",
-    "Priority",
-    "Progress",
-    "R1",
-    "R2",
-    "SeededDataset",
-    "StepEvents",
-    "StopOnSignal",
-    "TensorBoard",
-    "TimeLimit",
-    "Trainer",
-    "count_parameters",
-    "create_evaluator",
-    "create_gan_trainer",
-    "create_trainer",
-    "freeze",
-    "gradient_penalty",
-    "load_weights",
-    "on",
-    "save_weights",
-    "seed_everything",
-    "unfreeze",
-    "worker_init_fn",
-]
+if not TYPE_CHECKING:  # a type checker takes the names from the imports above
+    __all__ = sorted(
+        name
+        for name, value in globals().items()
+        if name[0] != "_" and name not in ("ModuleType", "TYPE_CHECKING") and not isinstance(value, ModuleType)
+    )

@@ -1,5 +1,6 @@
 """How the guide is built: `make docs`, into docs/_build/html."""
 
+import inspect
 import re
 import sys
 from itertools import compress
@@ -44,6 +45,28 @@ classes = {name for names in ours for name, thing in names.items() if isinstance
 nitpick_ignore = [("py:class", name) for name in sorted(classes - set(camshaft.__all__))]
 
 
+def describe_every_handler(app, page, source):
+    """Puts an entry for each class of camshaft.handlers, with the members that users call, in place of a marker."""
+    entries = []
+    for name in camshaft.handlers.__all__:
+        cls = getattr(camshaft.handlers, name)
+        if isinstance(cls, type) and cls is not camshaft.Handler:
+            members = ", ".join(members_for_users(cls))
+            entries.append(f".. autoclass:: {name}\n" + (f"   :members: {members}\n" if members else ""))
+    source[0] = source[0].replace(".. every-handler::", "\n".join(entries))
+
+
+def members_for_users(cls):
+    """The properties of a handler's class and the methods that do not run on an event."""
+    for name, member in vars(cls).items():
+        if name.startswith("_") or hasattr(camshaft.Handler, name):
+            continue
+        function = getattr(member, "__wrapped__", getattr(member, "__func__", member))
+        takes_engine = inspect.isfunction(function) and "engine" in inspect.signature(function).parameters
+        if isinstance(member, property) or (callable(function) and not takes_engine):
+            yield name
+
+
 def link_out_of_the_guide(app, page, source):
     """A Markdown file of the repository that is no page of the guide is handed out as a file."""
     out = "../" * (page.count("/") + 1)
@@ -65,6 +88,7 @@ def take_sentences_for_sentences(app, what, name, thing, options, lines):
 
 
 def setup(app):
+    app.connect("source-read", describe_every_handler)
     app.connect("source-read", link_out_of_the_guide)
     app.connect("source-read", leave_out_what_is_to_come)
     app.connect("autodoc-process-docstring", take_sentences_for_sentences, priority=400)  # before Napoleon

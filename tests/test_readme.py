@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import camshaft
 from camshaft import StepEvents
 
 ROOT = Path(__file__).parents[1]
@@ -95,11 +94,6 @@ def test_the_picture_of_the_cycle_shows_every_event_in_the_order_in_which_it_fir
 def test_the_picture_of_the_cycle_is_the_one_that_its_script_draws(tmp_path):
     subprocess.run([sys.executable, ROOT / "docs/draw_cycle.py", "--out", tmp_path / "cycle.svg"], check=True, timeout=120)
     assert texts(tmp_path / "cycle.svg") == texts(ROOT / "docs/images/cycle.svg")
-
-
-def test_the_readme_names_every_handler():
-    shipped = set(camshaft.handlers.__all__) - {"Handler", "on"}
-    assert {name for name in shipped if f"`{name}`" not in (ROOT / "README.md").read_text()} == set()
 
 
 def test_the_commands_of_the_readme_are_targets_of_the_makefile():

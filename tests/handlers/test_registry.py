@@ -1,7 +1,10 @@
 """Every shipped handler goes through its whole life: attach, run, save, load in a fresh trainer, run on, detach."""
 
+import ast
+import doctest
 import io
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,24 +12,15 @@ from ignite.engine import Engine, Events
 from toys import batches, evaluator_of, linear, model_of, same, scripted, sgd, trainer_of, weights
 
 import camshaft.handlers
-from camshaft import CheckpointRotation, Handler
+from camshaft import CheckpointRotation
 from camshaft.handlers import (
     EarlyStopping,
-    EmptyCache,
     Evaluation,
-    ExponentialMovingAverage,
     FreezeParameters,
-    GradientAccumulation,
-    GradientClipping,
     KerasStyle,
-    LRHistory,
     LRScheduling,
-    MixedPrecision,
-    NonFiniteGuard,
     Progress,
-    StopOnSignal,
     TensorBoard,
-    TimeLimit,
 )
 
 
@@ -49,39 +43,52 @@ class EpochCounter:
         self.epochs = state["epochs"]
 
 
-MAKERS = {
+SPECIAL = {
     "CheckpointRotation": lambda trainer, folder: CheckpointRotation(folder / "others"),
     "EarlyStopping": lambda trainer, folder: EarlyStopping("score"),
-    "EmptyCache": lambda trainer, folder: EmptyCache(),
     "Evaluation": lambda trainer, folder: Evaluation(evaluator_of(model_of(trainer)), batches(1)),
-    "ExponentialMovingAverage": lambda trainer, folder: ExponentialMovingAverage(0.5),
     "FreezeParameters": lambda trainer, folder: FreezeParameters("bias", until_step=2),
-    "GradientAccumulation": lambda trainer, folder: GradientAccumulation(2),
-    "GradientClipping": lambda trainer, folder: GradientClipping(0.5),
     "KerasStyle": lambda trainer, folder: KerasStyle(EpochCounter()),
-    "LRHistory": lambda trainer, folder: LRHistory(),
     "LRScheduling": lambda trainer, folder: LRScheduling(schedule(trainer)),
-    "MixedPrecision": lambda trainer, folder: MixedPrecision("fp16"),
-    "NonFiniteGuard": lambda trainer, folder: NonFiniteGuard(),
     "Progress": lambda trainer, folder: Progress(file=io.StringIO()),
-    "StopOnSignal": lambda trainer, folder: StopOnSignal(),
     "TensorBoard": lambda trainer, folder: TensorBoard(folder / "board", every=1),
-    "TimeLimit": lambda trainer, folder: TimeLimit(hours=1),
 }
+"""Handlers that need a trainer, a folder or a name of this test; every other is made as its docstring's example makes it."""
 
 SHIPPED = [name for name in camshaft.handlers.__all__ if name not in ("Handler", "on")]
 
 
-def test_the_table_has_every_handler_that_is_shipped():
-    assert sorted(MAKERS) == SHIPPED
-    assert all(issubclass(getattr(camshaft.handlers, name), Handler) for name in SHIPPED)
+def make(name, trainer, folder):
+    """A handler of a shipped class."""
+    if name in SPECIAL:
+        return SPECIAL[name](trainer, folder)
+    cls = getattr(camshaft.handlers, name)
+    calls = [node for node in ast.walk(example_of(cls)) if isinstance(node, ast.Call)]
+    own = [ast.unparse(call) for call in calls if isinstance(call.func, ast.Name) and call.func.id == name]
+    return eval(own[0], dict(vars(camshaft))) if own else cls()
+
+
+def example_of(cls):
+    """The code of the example in a class's docstring."""
+    found = doctest.DocTestParser().get_examples(cls.__doc__ or "")
+    return ast.parse("".join(example.source for example in found))
+
+
+def test_every_file_of_the_folder_is_listed_in_its_init():
+    folder = Path(camshaft.handlers.__file__).parent
+    classes = [node.name for path in folder.glob("[a-z]*.py") for node in ast.parse(path.read_text()).body if is_handler(node)]
+    assert sorted(classes) == SHIPPED
+
+
+def is_handler(node):
+    return isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Handler" for base in node.bases)
 
 
 def prepared(name, folder):
     """A trainer with one shipped handler, a metric for those that want one, and a rotation to save with."""
     trainer = trainer_of(optimizer=None)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=1.0))
-    handler = MAKERS[name](trainer, folder).attach(trainer)
+    handler = make(name, trainer, folder).attach(trainer)
     checkpoints = CheckpointRotation(folder / "checkpoints").attach(trainer, "the test's own")
     return trainer, handler, checkpoints
 
@@ -117,7 +124,7 @@ def test_a_run_in_two_halves_ends_like_a_whole_one(name, tmp_path):
 def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
     trainer = trainer_of()
     before, text = trainer.primary.window.settings, trainer.explain()
-    handler = MAKERS[name](trainer, tmp_path).attach(trainer)
+    handler = make(name, trainer, tmp_path).attach(trainer)
     assert handler.engine is trainer
     handler.detach()
     assert (handler.engine, trainer.handlers, trainer.explain()) == (None, {}, text)
@@ -128,7 +135,7 @@ def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_run_after_detaching_is_the_plain_one(name, tmp_path):
     trainer, plain = trainer_of(), trainer_of()
-    MAKERS[name](trainer, tmp_path).attach(trainer).detach()
+    make(name, trainer, tmp_path).attach(trainer).detach()
     trainer.run(batches(3))
     plain.run(batches(3))
     assert same(weights(model_of(trainer)), weights(model_of(plain)))
@@ -140,7 +147,7 @@ CHANGES = {"FreezeParameters": "weights", "GradientClipping": "gradients"}
 @pytest.mark.parametrize("name", SHIPPED)
 def test_explain_says_what_it_changes_and_nothing_else(name, tmp_path):
     trainer = trainer_of()
-    MAKERS[name](trainer, tmp_path).attach(trainer)
+    make(name, trainer, tmp_path).attach(trainer)
     found = set(re.findall(r"\[changes (.*)\]", trainer.explain()))
     assert found == ({CHANGES[name]} if name in CHANGES else set())
 
@@ -158,7 +165,7 @@ def test_its_state_holds_tensors_and_plain_values_alone(name, tmp_path):
 def test_on_a_plain_ignite_engine_it_works_or_says_what_it_needs(name, tmp_path):
     """Whatever opens at Ignite's own events alone works; whatever needs more is refused at once, by name."""
     engine, trainer = Engine(lambda engine, batch: 0.5), trainer_of()
-    handler = MAKERS[name](trainer, tmp_path)
+    handler = make(name, trainer, tmp_path)
     engine.add_event_handler(Events.EPOCH_STARTED, lambda e: e.state.metrics.update(score=1.0))
     if name in ("EarlyStopping", "EmptyCache", "Evaluation", "Progress", "StopOnSignal"):
         handler.attach(engine)
@@ -173,9 +180,9 @@ def test_on_a_plain_ignite_engine_it_works_or_says_what_it_needs(name, tmp_path)
 @pytest.mark.parametrize("name", SHIPPED)
 def test_two_of_a_class_clash_by_name(name, tmp_path):
     trainer = trainer_of()
-    MAKERS[name](trainer, tmp_path).attach(trainer)
+    make(name, trainer, tmp_path).attach(trainer)
     with pytest.raises(ValueError, match="is attached already"):
-        MAKERS[name](trainer, tmp_path).attach(trainer)
+        make(name, trainer, tmp_path).attach(trainer)
     assert len(trainer.handlers) == 1
 
 
@@ -185,7 +192,7 @@ def test_all_of_them_together_run_and_resume(tmp_path):
         trainer = trainer_of(model, sgd(model, momentum=0.9))
         for name in reversed(SHIPPED):
             if name != "Evaluation":
-                MAKERS[name](trainer, tmp_path).attach(trainer)
+                make(name, trainer, tmp_path).attach(trainer)
         Evaluation(scripted([1.0]), [0]).attach(trainer)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=1.0))
         return trainer
