@@ -10,7 +10,17 @@ from typing import Any
 
 from ignite.engine import CallableEventWithFilter, Engine, EventEnum, Events, EventsList
 
-__all__ = ["Events", "FilteredHandler", "PhaseEvent", "Priority", "STEP_CLOCKS", "StepEvents", "filter_terms", "split"]
+__all__ = [
+    "Events",
+    "FilteredHandler",
+    "PhaseEvent",
+    "Priority",
+    "STEP_CLOCKS",
+    "StepEvents",
+    "check_takes_engine",
+    "filter_terms",
+    "split",
+]
 
 
 class StepEvents(EventEnum):
@@ -194,6 +204,44 @@ def filter_terms(event: CallableEventWithFilter) -> dict[str, Any]:
         unset = {"after": 0, "before": float("inf")}
         return terms | {name: value for name, value in found.items() if value != unset.get(name)}
     return terms | {"event_filter": getattr(test, "__name__", repr(test))}
+
+
+EXTRA_ARGUMENTS: Mapping[str, str] = {"EXCEPTION_RAISED": "error", "TERMINATE_SINGLE_EPOCH": "iter_counter"}
+"""The argument that Ignite passes to the handlers of an event after the engine."""
+
+
+def check_takes_engine(function: Callable[..., Any], event: Any, *args: Any, **kwargs: Any) -> None:
+    """Raises ``ValueError`` if an event cannot call a function, neither with the engine nor without arguments.
+
+    Args:
+        function: the handler.
+        event: the event, or events joined by ``|``.
+        args: further arguments that the user has registered.
+        kwargs: further keyword arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Ignite raises its own error for what is not callable
+        return
+    for single in event if isinstance(event, EventsList) else (event,):
+        name_of_event = str(getattr(single, "name", single))
+        extra = EXTRA_ARGUMENTS.get(name_of_event)
+        rest = (*([] if extra is None else [extra]), *args)
+        if not (can_bind(signature, "engine", *rest, **kwargs) or can_bind(signature, *rest, **kwargs)):
+            takes = ", ".join(["engine", *map(str, rest), *(f"{name}={value}" for name, value in kwargs.items())])
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise ValueError(
+                f"{name} can't be called at {name_of_event}: a handler takes ({takes}), this one takes "
+                f"{signature}" + ("; the batch is engine.state.batch" if "batch" in signature.parameters else "")
+            )
+
+
+def can_bind(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 class FilteredHandler:

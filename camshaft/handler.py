@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,23 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from ignite.engine import CallableEventWithFilter, Engine, EventsList, RemovableEventHandle
 
-from camshaft.events import Priority, split
+from camshaft.events import Priority, check_takes_engine, split
 from camshaft.serialization import pack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Handler", "Listener", "check_takes_engine", "on", "stop"]
+__all__ = ["Handler", "Listener", "handlers_of", "on", "stop"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 CHANGES = ("loss", "gradients", "weights")
 """What a handler may declare that it changes."""
-
-
-EXTRA_ARGUMENTS: Mapping[str, str] = {"EXCEPTION_RAISED": "error", "TERMINATE_SINGLE_EPOCH": "iter_counter"}
-"""The argument that Ignite passes to the handlers of an event after the engine."""
 
 
 class Listener(NamedTuple):
@@ -302,40 +297,6 @@ def check_listeners(handler: Handler, engine: Engine, listeners: list[Listener])
                     "does not fire; attach it to an engine made by create_trainer()"
                 )
         check_takes_engine(item.function, item.event)
-
-
-def check_takes_engine(function: Callable[..., Any], event: Any, *args: Any, **kwargs: Any) -> None:
-    """Raises ``ValueError`` if an event cannot call a function, neither with the engine nor without arguments.
-
-    Args:
-        function: the handler.
-        event: the event, or events joined by ``|``.
-        args: further arguments that the user has registered.
-        kwargs: further keyword arguments.
-    """
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # Ignite raises its own error for what is not callable
-        return
-    for single in event if isinstance(event, EventsList) else (event,):
-        name_of_event = str(getattr(single, "name", single))
-        extra = EXTRA_ARGUMENTS.get(name_of_event)
-        rest = (*([] if extra is None else [extra]), *args)
-        if not (_binds(signature, "engine", *rest, **kwargs) or _binds(signature, *rest, **kwargs)):
-            takes = ", ".join(["engine", *map(str, rest), *(f"{name}={value}" for name, value in kwargs.items())])
-            name = getattr(function, "__qualname__", type(function).__name__)
-            raise ValueError(
-                f"{name} can't be called at {name_of_event}: a handler takes ({takes}), this one takes "
-                f"{signature}" + ("; the batch is engine.state.batch" if "batch" in signature.parameters else "")
-            )
-
-
-def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 def _definitions(cls: type, attribute: str) -> Iterator[Any]:

@@ -47,7 +47,7 @@ class Metrics(dict[str, Any]):
         return fresh
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """Writes and counts the entry where it isn't there yet."""
+        """Writes and counts the entry if it does not exist yet."""
         if key not in self:
             self[key] = default
         return self[key]
@@ -61,7 +61,7 @@ def as_number(value: Any, what: str) -> float:
     """A metric's value as a float.
 
     Raises:
-        TypeError: where it isn't a single number.
+        TypeError: if it isn't a single number.
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
@@ -76,10 +76,10 @@ LESS_IS_BETTER = re.compile(r"(?:^|[/_.-])(?:loss|error|err|mse|rmse|mae|nll|per
 
 
 def check_mode(mode: str, metric: str | None) -> None:
-    """Checks a ``mode`` argument, and warns where it and the metric's name don't go together.
+    """Checks a ``mode`` argument, and warns if it and the metric's name don't go together.
 
     Raises:
-        ValueError: where it is neither ``"min"`` nor ``"max"``.
+        ValueError: if it is neither ``"min"`` nor ``"max"``.
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
@@ -104,7 +104,7 @@ class MetricWatch:
         owner: who asks, for error messages.
 
     Raises:
-        TypeError: where ``metric`` isn't a name.
+        TypeError: if ``metric`` isn't a name.
     """
 
     def __init__(self, metric: str, owner: str) -> None:
@@ -132,7 +132,7 @@ class MetricWatch:
         self.seen = engine.state.metrics.writes[self.metric]
 
     def check_exists(self, engine: Any) -> None:
-        """Raises where nobody has written the entry and nobody is going to.
+        """Raises if nobody has written the entry and nobody is going to.
 
         Raises:
             ValueError: names the entries that there are.
@@ -151,7 +151,7 @@ class MetricWatch:
         )
 
     def check_at_end(self, engine: Any) -> None:
-        """Raises where a run that wasn't stopped has ended without the entry.
+        """Raises if a run that wasn't stopped has ended without the entry.
 
         Raises:
             ValueError: names the entries that there are.

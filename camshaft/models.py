@@ -100,7 +100,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def freeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Stops the training of the parameters whose names match, and lets go of their gradients.
+    """Stops the training of the parameters whose names match, and clears their gradients.
 
     A frozen parameter has no ``.grad``, so neither momentum nor weight decay moves it, even where the optimizer holds it.
 
@@ -112,7 +112,7 @@ def freeze(model: nn.Module, *patterns: str) -> list[str]:
         The names of the parameters that match.
 
     Raises:
-        ValueError: where a pattern matches no parameter.
+        ValueError: if a pattern matches no parameter.
 
     Example:
         >>> freeze(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), "0.*")
@@ -132,7 +132,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> list[str]:
         The names of the parameters that match.
 
     Raises:
-        ValueError: where a pattern matches no parameter.
+        ValueError: if a pattern matches no parameter.
 
     Example:
         >>> unfreeze(torch.nn.Linear(2, 2), "bias")
@@ -145,7 +145,7 @@ def matching(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Parame
     """The parameters whose names match one of the patterns, in the model's order.
 
     Raises:
-        ValueError: where there is no pattern, or one matches nothing.
+        ValueError: if there is no pattern, or one matches nothing.
     """
     if not patterns:
         raise ValueError("name at least one pattern of parameter names, for example 'encoder.*'")
@@ -167,7 +167,7 @@ def _set_trainable(model: nn.Module, patterns: tuple[str, ...], trainable: bool)
 
 
 def ddp_wrapper(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The ``DistributedDataParallel`` that a model is, under ``torch.compile`` too; ``None`` where it is none."""
+    """The ``DistributedDataParallel`` that a model is, under ``torch.compile`` too; ``None`` if it is none."""
     inner = getattr(module, "_orig_mod", module)
     return inner if isinstance(inner, nn.parallel.DistributedDataParallel) else None
 

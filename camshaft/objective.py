@@ -20,8 +20,8 @@ class Objective:
     """The user's loss function; if it is a module with a state, that state is saved with the phase."""
     has_penalties: bool = False
     """Whether the loss contains gradients of the network."""
-    is_single_call: bool = False
-    """Whether it calls the network once, with :meth:`inputs`, and nothing else decides what it computes."""
+    can_be_captured: bool = False
+    """Whether ``create_trainer(capture=True)`` is for it."""
     non_blocking: bool | None = None
     """Whether it copies batches with ``non_blocking``; ``None`` if the phase does."""
 
@@ -29,7 +29,7 @@ class Objective:
         raise NotImplementedError
 
     def inputs(self, state: Any) -> Sequence[Any] | None:
-        """What the network was last called with, by ``trainer.state``; ``None`` if that is unknown."""
+        """The arguments of the last call of the network, from ``trainer.state``; ``None`` if only the objective knows them."""
         return None
 
 

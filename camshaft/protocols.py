@@ -86,6 +86,7 @@ class TrainerLike(Protocol):
     unclaimed: dict[str, Any]
     last_batch: Any
     epoch_iteration: int
+    _event_handlers: dict[Any, Any]
 
     @property
     def phases(self) -> Mapping[str, PhaseLike]: ...

@@ -104,7 +104,7 @@ def signature(batch: Any, found: list[torch.Tensor]) -> Hashable:
         The structure, with each tensor's shape, strides, type and device, and everything else as it is.
 
     Raises:
-        TypeError: where something that is no tensor can't be compared by hash.
+        TypeError: if something that is no tensor can't be compared by hash.
     """
     if isinstance(batch, torch.Tensor):
         found.append(batch)
@@ -125,7 +125,7 @@ def signature(batch: Any, found: list[torch.Tensor]) -> Hashable:
 
 
 def num_samples(batch: Any) -> int | None:
-    """The number of samples: the length of the first tensor that has one; ``None`` where there is none."""
+    """The number of samples: the length of the first tensor that has one; ``None`` if there is none."""
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else None
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], torch.Tensor) and batch[0].dim():
@@ -145,7 +145,7 @@ def prepare_pair(batch: Any, device: torch.device | str | None = None, non_block
         ``(x, y)`` on the device.
 
     Raises:
-        TypeError: where the batch is no pair.
+        TypeError: if the batch is no pair.
 
     Example:
         >>> x, y = prepare_pair((torch.zeros(4, 2), torch.zeros(4)))

@@ -31,7 +31,7 @@ def assert_resumes_exactly(
 ) -> None:
     """Trains, stops, rebuilds, resumes, and compares bit by bit with the run that wasn't stopped.
 
-    Each stop is a run of its own, cut short after that iteration; then everything is built anew, resumed from the newest
+    Each stop is a run of its own, cut short after that iteration; then everything is built again, resumed from the newest
     checkpoint and run to the end, while every batch, random state, loss, learning rate and weight is compared with the
     uninterrupted run's, iteration by iteration.
 
@@ -41,13 +41,13 @@ def assert_resumes_exactly(
         stops: the iterations after which to stop; by default each one but the last.
         by: how the run is cut short: by ``"terminate"``, which saves once more, or by an ``"exception"`` after everything else
             in that iteration, which writes nothing, like a kill: the resumed run begins at the last checkpoint, or afresh.
-        make_resumed: makes the resumed run where it is to differ in something that mustn't matter, such as the number of
+        make_resumed: makes the resumed run if it is to differ in something that mustn't matter, such as the number of
             workers; by default ``make_run``.
 
     Raises:
         AssertionError: names the first thing that differs: which batch, random generator, loss, learning rate or weight, at
             which iteration.
-        ValueError: where the trainer has no ``CheckpointRotation``, or ``by`` is unknown.
+        ValueError: if the trainer has no ``CheckpointRotation``, or ``by`` is unknown.
 
     Example:
         >>> from camshaft import CheckpointRotation, create_trainer, seed_everything

@@ -87,7 +87,7 @@ def check_count(value: Any, argument: str, minimum: int = 1) -> int:
 
 
 def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:
-    """Raises ``TypeError`` where a class came in place of an object of it.
+    """Raises ``TypeError`` if a class came in place of an object of it.
 
     Args:
         value: what came.
@@ -100,7 +100,7 @@ def check_no_class(value: Any, argument: str, what: str, kind: type = object) ->
 
 
 def check_prepare(function: Any) -> None:
-    """Raises ``TypeError`` where ``prepare_batch`` can't be called as it is going to be."""
+    """Raises ``TypeError`` if ``prepare_batch`` can't be called as it is going to be."""
     if not callable(function):
         raise TypeError(f"prepare_batch must be callable, got {function!r}")
     try:
@@ -132,7 +132,7 @@ def check_device(device: torch.device | str | None, module: nn.Module) -> torch.
 
 
 def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None, phase: str) -> tuple[Optimizer, ...]:
-    """The optimizers as a tuple; raises ``TypeError`` or ``ValueError`` where one can't train the module.
+    """The optimizers as a tuple; raises ``TypeError`` or ``ValueError`` if one can't train the module.
 
     Args:
         optimizer: an optimizer or a sequence of them.
@@ -174,7 +174,7 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
 
 
 def stateful(function: Any) -> nn.Module | None:
-    """The module behind an objective (a loss with weights of its own), where there is one that has a state."""
+    """The module behind an objective (a loss with weights of its own) if there is one that has a state."""
     part = getattr(function, "loss_fn", function)
     return part if isinstance(part, nn.Module) and part.state_dict() else None
 

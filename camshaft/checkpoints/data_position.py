@@ -1,4 +1,4 @@
-"""Where the data stands: how the same batches are dealt again from the middle of an epoch."""
+"""If the data stands: how the same batches are dealt again from the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DataLoaderPosition:
     """The place in the data: the random state from which the present pass was dealt, and the batches taken since.
 
     A ``DataLoader`` draws its order from random generators when a pass over it begins. To deal the same order again, those
-    states are kept from before the pass; to go on in its middle, the sampler is advanced without loading what it names.
+    states are kept from before the pass; to continue in its middle, the sampler is advanced without loading what it names.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class DataLoaderPosition:
         }
 
     def _unwrap_prefetch(self, data: Any) -> Any:
-        """The loader itself; one that is fetched ahead is looked at before each fetch, where that may change something."""
+        """The loader itself; one that is fetched ahead is looked at before each fetch if that may change something."""
         self._prefetch = data if isinstance(data, Prefetch) else None
         if self._prefetch is None:
             return data
@@ -71,7 +71,7 @@ class DataLoaderPosition:
         return loader
 
     def _count_passes(self, data: Any) -> None:
-        """Has a ``DistributedSampler`` deal another order than in the last pass, where nobody else calls its ``set_epoch``."""
+        """Has a ``DistributedSampler`` deal another order than in the last pass if nobody else calls its ``set_epoch``."""
         for sampler, before in zip(_samplers(data), self._sampler_epochs, strict=False):
             if sampler.epoch == before:
                 sampler.set_epoch(before + 1)
@@ -102,7 +102,7 @@ class DataLoaderPosition:
         return state
 
     def resume(self, data: Iterable[Any] | None, state: Mapping[str, Any], iteration: int) -> Iterator[Any]:
-        """An iterator that goes on where a checkpoint's data stood; the random generators are left as they are.
+        """An iterator that continues where a checkpoint's data stood; the random generators are left as they are.
 
         Args:
             data: the same data as before.
@@ -153,7 +153,7 @@ class DataLoaderPosition:
 
 
 def length_of(data: Any) -> int | None:
-    """The number of batches, where it is known."""
+    """The number of batches if it is known."""
     try:
         return len(data)
     except TypeError:
@@ -169,7 +169,7 @@ def _is_skippable(data: Any) -> bool:
 
 
 def _is_stateful(data: Any) -> bool:
-    """Whether it is a loader that can say by itself where it stands (torchdata's ``StatefulDataLoader``)."""
+    """Whether it is a loader that can say by itself if it stands (torchdata's ``StatefulDataLoader``)."""
     return hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
 
 

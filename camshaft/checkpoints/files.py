@@ -40,7 +40,7 @@ MANIFEST = "checkpoint.pt"
 
 
 class CheckpointError(RuntimeError):
-    """A file that exists and can't be used, or isn't there; the text says why."""
+    """A file that exists and can't be used, or does not exist; the text says why."""
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> int:
@@ -169,7 +169,7 @@ def load_checked(path: Path, *, sealed: bool = True) -> Any:
         CheckpointError: says what is wrong with the file.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path} isn't there")
+        raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.comment.startswith(CHECKSUM_TAG):

@@ -74,8 +74,8 @@ def read_index(path: Path) -> tuple[str, list[Entry]]:
     """What an index's file says: the folder's identity, and its checkpoints.
 
     Raises:
-        FileNotFoundError: where it isn't there.
-        CheckpointError: where it can't be read, or isn't as it was written.
+        FileNotFoundError: if it does not exist.
+        CheckpointError: if it can't be read, or isn't as it was written.
     """
     try:
         content = json.loads(path.read_text())
@@ -113,7 +113,7 @@ class Index:
         except FileNotFoundError:
             return self._make_anew()
         except CheckpointError as error:
-            logger.warning("%s and is made anew from the checkpoints", error)
+            logger.warning("%s and is made again from the checkpoints", error)
             return self._make_anew()
         for marked in self._unlisted():
             if marked.identity == self.identity:

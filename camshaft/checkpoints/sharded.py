@@ -27,7 +27,7 @@ from camshaft.distributed.dtensors import is_dtensor
 __all__ = ["load_manifest", "load_shards", "save_shards"]
 
 ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-"""Where the classes of DCP's own table of contents come from."""
+"""If the classes of DCP's own table of contents come from."""
 ALLOWED_GLOBALS = {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
 """What else it names, none of which does anything."""
 
@@ -44,7 +44,7 @@ def save_shards(content: Mapping[str, Any], path: Path) -> None:
         path: the folder; one that is there gives way.
 
     Raises:
-        OSError: on every process, where any of them could not write.
+        OSError: on every process if any of them could not write.
     """
     temporary = path.parent / f"{TEMP_PREFIX}{path.name}.tmp"
     held: dict[str, torch.Tensor] = {}
@@ -158,12 +158,12 @@ def load_manifest(path: Path) -> dict[str, Any]:
                 f"{path} is a folder of checkpoints, and not one of them; give the path of one, such as {newest}, or attach "
                 f"CheckpointRotation({str(path)!r}) and call its resume('auto')"
             )
-        raise CheckpointError(f"{path} is not a file, and as a folder it isn't whole: {MANIFEST} isn't there")
+        raise CheckpointError(f"{path} is not a file, and as a folder it isn't whole: {MANIFEST} does not exist")
     manifest = load_checked(path / MANIFEST)
     for name, (size, crc32) in manifest["files"].items():
         part = path / name
         if not part.is_file():
-            raise CheckpointError(f"{path} is damaged: {name} isn't there")
+            raise CheckpointError(f"{path} is damaged: {name} does not exist")
         if part.stat().st_size != size or checksum(part) != crc32:
             raise CheckpointError(f"{path} is damaged: the bytes of {name} don't match its checksum")
     read_metadata_file(path)
@@ -177,7 +177,7 @@ def load_shards(path: Path, manifest: dict[str, Any], reference: Reference, *, t
         path: the folder.
         manifest: what :func:`load_manifest` gave, or as much of it as is wanted.
         reference: by the name of a tensor, one that is sharded as it is to be here, or ``None`` for a whole one.
-        together: where several processes train, every one of them calls this, and an error of one is an error of all.
+        together: if several processes train, every one of them calls this, and an error of one is an error of all.
     """
     targets: dict[str, torch.Tensor] = {}
 
@@ -206,7 +206,7 @@ def read_metadata_file(path: Path) -> Metadata:
     """DCP's own table of contents of a folder, which is a pickle: nothing in it is called but what such a table is made of.
 
     Raises:
-        CheckpointError: where it names anything else, or the folder holds more than tensors.
+        CheckpointError: if it names anything else, or the folder holds more than tensors.
     """
     try:
         with (path / ".metadata").open("rb") as file:

@@ -31,13 +31,13 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     Args:
         model: any module.
-        path: the file; its folder is made where it isn't there.
+        path: the file; its folder is made if it does not exist.
 
     Returns:
         The path.
 
     Raises:
-        OSError: where it can't be written; under FSDP2 on every process.
+        OSError: if it can't be written; under FSDP2 on every process.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def write(state: Mapping[str, Any], path: Path) -> None:
-    """Writes a state dict durably, and makes its folder where it isn't there."""
+    """Writes a state dict durably, and makes its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_durably(dict(state), path)
 
@@ -64,7 +64,7 @@ def write_together(state: Mapping[str, Any], path: Path) -> None:
     """Has the first process write tensors of which each holds a part.
 
     Raises:
-        OSError: on every process, where the first one can't write.
+        OSError: on every process if the first one can't write.
     """
     held: dict[str, Any] = {}
     for name, value in state.items():
@@ -94,8 +94,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             folder of a sharded one.
 
     Raises:
-        RuntimeError: where the file isn't there, is damaged or holds more than tensors and plain values.
-        ValueError: where it is of another model; the text names the keys that differ.
+        RuntimeError: if the file does not exist, is damaged or holds more than tensors and plain values.
+        ValueError: if it is of another model; the text names the keys that differ.
 
     Example:
         >>> import tempfile
@@ -124,7 +124,7 @@ def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a file or of a checkpoint's first phase; of a folder those that are split are read as ``own`` has them.
 
     Raises:
-        CheckpointError: where there are none.
+        CheckpointError: if there are none.
     """
     if path.is_dir():
         return read_folder(path, own)

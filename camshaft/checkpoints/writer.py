@@ -59,10 +59,10 @@ class CheckpointWriter:
             entry: how the index lists it.
 
         Returns:
-            The file; ``None`` where it couldn't be written. In the background it is still to come.
+            The file; ``None`` if it couldn't be written. In the background it is still to come.
 
         Raises:
-            OSError: where this is the third save in a row that fails.
+            OSError: if this is the third save in a row that fails.
         """
         self.wait()
         started = time.monotonic()
@@ -144,5 +144,5 @@ class CheckpointWriter:
         )
         if self._failures >= FAILURES:
             raise OSError(error.errno, f"{message}; {FAILURES} saves in a row have failed", str(path)) from error
-        warnings.warn(f"{message}; training goes on", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{message}; training continues", RuntimeWarning, stacklevel=4)
         return False

@@ -62,7 +62,7 @@ def show(run: Path, plot: bool, plot_to: Path | None, as_json: bool) -> None:
 @RUN
 @JSON
 def verify(run: Path, as_json: bool) -> None:
-    """Checks that every checkpoint is as it was written; exits with 1 where one isn't."""
+    """Checks that every checkpoint is as it was written; exits with 1 if one isn't."""
     try:
         folder = find_folders(run).checkpoints
         if folder is None:

@@ -42,7 +42,7 @@ def without_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """A sharded checkpoint's handlers and clocks with their tensors, which are small; its weights stay on the disk.
 
     Raises:
-        CheckpointError: where a part can't be read.
+        CheckpointError: if a part can't be read.
     """
     phases = {
         name: {"optimizer_step": phase["optimizer_step"], "optimizers": [rates_of(each) for each in phase["optimizers"]]}
@@ -57,7 +57,7 @@ def rates_of(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def newest_content(paths: list[Path]) -> tuple[Mapping[str, Any], list[str]]:
-    """What the first good one of some checkpoints holds (nothing, where there is none), and what is wrong with those before."""
+    """What the first good one of some checkpoints holds (nothing if there is none), and what is wrong with those before."""
     warnings: list[str] = []
     for path in paths:
         try:
@@ -71,7 +71,7 @@ def newest_content(paths: list[Path]) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def size_of(path: Path) -> int | None:
-    """The bytes of a file, or of all files of a folder; ``None`` where it isn't there."""
+    """The bytes of a file, or of all files of a folder; ``None`` if it does not exist."""
     if path.is_dir():
         return sum(part.stat().st_size for part in path.iterdir())
     return path.stat().st_size if path.is_file() else None

@@ -33,7 +33,7 @@ class Events(NamedTuple):
     began: float
     """When the latest run in the folder began, in seconds; 0 where that isn't known."""
     ending: str | None
-    """Why the latest run ended; ``None`` where it has not, or could not say so."""
+    """Why the latest run ended; ``None`` if it has not, or could not say so."""
 
 
 NO_EVENTS = Events({}, 0.0, None)
@@ -65,6 +65,6 @@ def read_events(folder: Path) -> Events:
 
 
 def latest_text(reader: Any, name: str) -> Any:
-    """The latest event of a text; ``None`` where there is none."""
+    """The latest event of a text; ``None`` if there is none."""
     tag = f"{name}/text_summary"
     return reader.Tensors(tag)[-1] if tag in reader.Tags()["tensors"] else None

@@ -1,4 +1,4 @@
-"""Where a run keeps its checkpoints and its event files."""
+"""If a run keeps its checkpoints and its event files."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def find_folders(run: Path) -> Folders:
         >>> import tempfile
         >>> find_folders(Path(tempfile.mkdtemp()) / "misspelt")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        camshaft.cli.folders.NoRun: ...misspelt isn't there; give a run's folder such as runs/mnist, ...
+        camshaft.cli.folders.NoRun: ...misspelt does not exist; give a run's folder such as runs/mnist, ...
     """
     if not run.is_dir():
-        problem = "is a file" if run.exists() else "isn't there"
+        problem = "is a file" if run.exists() else "does not exist"
         raise NoRun(f"{run} {problem}; give a run's folder such as runs/mnist, or its folder of checkpoints")
     if has_checkpoints(run):
         beside = run.resolve().parent

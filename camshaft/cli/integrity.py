@@ -23,7 +23,7 @@ class Verdict:
     listed: bool
     """Whether ``checkpoints.json`` lists it."""
     reason: str | None = None
-    """What is wrong with it; ``None`` where it is good."""
+    """What is wrong with it; ``None`` if it is good."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def draw_run(run: Run, path: Path) -> None:
         path: where the picture goes; its ending chooses the format.
 
     Raises:
-        ModuleNotFoundError: where matplotlib isn't installed.
-        OSError: where the picture can't be written.
+        ModuleNotFoundError: if matplotlib isn't installed.
+        OSError: if the picture can't be written.
     """
     try:
         from matplotlib.figure import Figure

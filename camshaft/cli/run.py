@@ -33,7 +33,7 @@ class Checkpoint:
     metrics: Mapping[str, float | None]
     time: str
     size: int | None
-    """In bytes; ``None`` where the file isn't there."""
+    """In bytes; ``None`` if the file does not exist."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Ending:
 
     reason: str
     ended: bool
-    """Whether it is known to have ended: ``False`` where it was killed, or still goes on."""
+    """Whether it is known to have ended: ``False`` if it was killed, or still continues."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Run:
     checkpoints: tuple[Checkpoint, ...] = ()
     """In the order in which they were written."""
     metrics: Curves = field(default_factory=dict)
-    """Name -> (optimizer step, value): from the event files, and where there are none from the checkpoints."""
+    """Name -> (optimizer step, value): from the event files, and if there are none from the checkpoints."""
     learning_rates: Curves = field(default_factory=dict)
     """Name -> (optimizer step, rate): ``LRHistory``'s where a checkpoint has it, the event files' elsewhere."""
     ending: Ending = Ending("not known", ended=False)
@@ -91,7 +91,7 @@ def read_run(path: Path) -> Run:
         The run.
 
     Raises:
-        NoRun: where there is none.
+        NoRun: if there is none.
 
     Example:
         >>> import tempfile
@@ -197,4 +197,4 @@ def ending_from(content: Mapping[str, Any], events: Events) -> Ending:
 
 def unknown(why: str) -> Ending:
     """What is said of a run that nothing has noted the end of."""
-    return Ending(f"not known: {why}; it still goes on, was killed, or has failed", ended=False)
+    return Ending(f"not known: {why}; it still continues, was killed, or has failed", ended=False)

@@ -42,7 +42,7 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
             *(str(one.optimizer_step), str(one.epoch), str(one.iteration)),
             "" if one.score is None else f"{one.score:.5g}",
             one.time.replace("T", " ").removesuffix("+00:00"),
-            Text("isn't there", style="red") if one.size is None else bytes_as_text(one.size),
+            Text("does not exist", style="red") if one.size is None else bytes_as_text(one.size),
         )
     return table
 

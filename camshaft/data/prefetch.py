@@ -27,8 +27,8 @@ class Prefetch:
         device: where to; every tensor of a batch goes there.
 
     Raises:
-        TypeError: where the loader is none, or is a ``Prefetch`` already.
-        RuntimeError: where there is no such device.
+        TypeError: if the loader is none, or is a ``Prefetch`` already.
+        RuntimeError: if there is no such device.
 
     Example:
         >>> loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=2)
@@ -57,7 +57,7 @@ class Prefetch:
         raise TypeError(f"a {type(self.loader).__name__} has no length")
 
     def entered(self, batches: Iterator[Any], fetched: bool) -> Iterator[Any]:
-        """A pass that goes on in the middle of the loader.
+        """A pass that continues in the middle of the loader.
 
         Args:
             batches: what is left of the loader's pass.

@@ -20,12 +20,12 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
 
     Args:
         seed: from 0 to 2**32 - 1 (NumPy's range).
-        deterministic: makes torch use deterministic algorithms only, and raise where there is none. On CUDA this needs
-            ``CUBLAS_WORKSPACE_CONFIG``, which is set here where it isn't; call it before the first CUDA operation.
+        deterministic: makes torch use deterministic algorithms only, and raise if there is none. On CUDA this needs
+            ``CUBLAS_WORKSPACE_CONFIG``, which is set here if it isn't; call it before the first CUDA operation.
         benchmark: lets cuDNN try out which convolution is the fastest; its choice may differ from run to run.
 
     Raises:
-        ValueError: where the seed is out of range, or ``deterministic`` and ``benchmark`` are both asked for.
+        ValueError: if the seed is out of range, or ``deterministic`` and ``benchmark`` are both asked for.
 
     Example:
         >>> seed_everything(0)
@@ -74,8 +74,8 @@ class SeededDataset(Dataset[Any]):
         seed: from 0 to 2**32 - 1.
 
     Raises:
-        TypeError: where ``dataset`` has no length or can't be indexed.
-        ValueError: where the seed is out of range.
+        TypeError: if ``dataset`` has no length or can't be indexed.
+        ValueError: if the seed is out of range.
 
     Example:
         >>> class Noisy(torch.utils.data.Dataset):

@@ -32,7 +32,7 @@ _last_work: list[Any] = []
 
 
 def world_size() -> int:
-    """How many processes train together; 1 where no process group has been initialised."""
+    """How many processes train together; 1 if no process group has been initialised."""
     return int(idist.get_world_size()) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -89,7 +89,7 @@ def broadcast_object(value: Any) -> Any:
 def _wait(work: Any) -> None:
     """Waits for a transfer and keeps hold of it until the next one.
 
-    A thread of gloo may be the last to let go of a transfer. If Python is ending by then, as it is after a run's last one, the
+    A thread of gloo may be the last to cleared a transfer. If Python is ending by then, as it is after a run's last one, the
     process dies by SIGABRT with all its work done. So Python's end waits a moment for those threads, too.
     """
     if not _last_work:

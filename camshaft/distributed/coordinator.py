@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ignite.engine import Engine, Events
 
-from camshaft.distributed.collectives import all_gather_object, all_reduce_max
+from camshaft.distributed.collectives import all_gather_object, all_reduce_max, until_rank_zero_is_exhausted
 from camshaft.distributed.failures import Failures
 from camshaft.distributed.gradient_sync import ReplicatedGradients
 from camshaft.events import Priority
@@ -24,14 +26,18 @@ class Coordinator:
     is_distributed = False
     """Whether other processes train too."""
 
-    def prepare_run(self) -> None:
-        """Called before a run that does not continue an interrupted one."""
+    @contextmanager
+    def attributing_failures(self, trainer: Any, *, is_new: bool) -> Iterator[None]:
+        """Encloses a run. If another rank's failure has caused an exception, one that names that rank is raised instead.
+
+        Args:
+            trainer: the trainer.
+            is_new: whether the run does not continue an interrupted one.
+        """
+        yield
 
     def begin_run(self, trainer: Any) -> None:
         """Called at ``STARTED``."""
-
-    def end_run(self, trainer: Any) -> None:
-        """Called when the run has ended, by an exception too."""
 
     def terminate(self, trainer: Any, reason: str, skip_completed: bool) -> None:
         """Ends the run after the current event, and records the reason."""
@@ -58,8 +64,9 @@ class Coordinator:
     def barrier(self) -> None:
         """Waits for the other ranks."""
 
-    def raise_cause(self, error: BaseException, where: str) -> None:
-        """Raises an exception that names another rank if that rank's failure has caused ``error``."""
+    def ending_together(self, batches: Any, length_is_known: bool) -> Any:
+        """Batches that end on all ranks at the same time."""
+        return batches
 
 
 class RankCoordinator(Coordinator):
@@ -87,9 +94,22 @@ class RankCoordinator(Coordinator):
         ):
             trainer.add_event_handler_at(priority, event, function)
 
-    def prepare_run(self) -> None:
-        """Opens a new record of failures."""
-        self.failures = Failures()
+    @contextmanager
+    def attributing_failures(self, trainer: Any, *, is_new: bool) -> Iterator[None]:
+        """Encloses a run; restores the models' gradient synchronization after it."""
+        if is_new:
+            self.failures = Failures()
+        try:
+            yield
+        except BaseException as error:
+            where = f"in epoch {trainer.state.epoch}, iteration {trainer.state.iteration}"
+            cause = self.failures.leave(error, where)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            for phase in trainer.phases.values():
+                phase.gradient_sync.restore()
 
     def begin_run(self, trainer: Any) -> None:
         """Checks that all ranks are about to run the same training.
@@ -106,11 +126,6 @@ class RankCoordinator(Coordinator):
             else:
                 phase.gradient_sync = ReplicatedGradients(phase)
         check_same_plan(plan_of(trainer))
-
-    def end_run(self, trainer: Any) -> None:
-        """Leaves the models as they were before the run."""
-        for phase in trainer.phases.values():
-            phase.gradient_sync.restore()
 
     def terminate(self, trainer: Any, reason: str, skip_completed: bool) -> None:
         """Requests the end of the run."""
@@ -146,11 +161,9 @@ class RankCoordinator(Coordinator):
         """Waits for the other ranks."""
         all_reduce_max([0])
 
-    def raise_cause(self, error: BaseException, where: str) -> None:
-        """Raises an exception that names another rank if that rank's failure has caused ``error``."""
-        cause = self.failures.leave(error, where)
-        if cause is not error:
-            raise cause from error
+    def ending_together(self, batches: Any, length_is_known: bool) -> Any:
+        """Batches that end on all ranks with those of rank 0 if their number is unknown."""
+        return batches if length_is_known else until_rank_zero_is_exhausted(batches)
 
     def sync(self, trainer: Any) -> None:
         """Compares the requests of all ranks, and carries out what any rank requests."""

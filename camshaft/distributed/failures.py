@@ -45,7 +45,7 @@ class Failures:
             where: the place in the run.
 
         Returns:
-            ``error`` itself, which is written down for the others; or, where it came of another process's failure, a
+            ``error`` itself, which is written down for the others; or if it came of another process's failure, a
             ``RuntimeError`` that names that one.
         """
         found = self._read() if is_communication_error(error) else None
@@ -54,7 +54,7 @@ class Failures:
         if found is None:
             self._write(f"rank {rank()} failed {where}: {type(error).__name__}: {error}")
             return error
-        named = RuntimeError(f"{found}; rank {rank()} can't go on without it, {where}")
+        named = RuntimeError(f"{found}; rank {rank()} can't continue without it, {where}")
         named.__cause__ = error
         return named
 

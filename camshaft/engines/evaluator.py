@@ -1,4 +1,4 @@
-"""``create_evaluator``: a model and metrics become an engine that disturbs nothing."""
+"""``create_evaluator``: makes an engine that evaluates a model without side effects."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def create_evaluator(
     model_transform: Callable[[Any], Any] | None = None,
     output_transform: Callable[[Any, Any, Any], Any] | None = None,
 ) -> Engine:
-    """Makes an engine that runs the model over data in inference mode and computes metrics.
+    """Makes an engine that runs a model over data in inference mode and computes metrics.
 
-    The training flag of every submodule, and every random generator, are afterwards as they were before, however the run
-    ends. Frozen BatchNorm layers stay frozen. Of several processes each evaluates its part, with the buffers of the first;
-    under ``fully_shard`` all need as many batches, and data of unknown length ends where the first of them has no more.
+    The training flag of every submodule and every random generator are restored after the run, even if it fails. Frozen
+    BatchNorm layers stay frozen. With several processes each rank evaluates its part of the data, with the buffers of rank 0.
+    Under ``fully_shard`` all ranks need the same number of batches; data of unknown length ends with that of rank 0.
 
     Args:
-        model: the network, on its device already.
-        metrics: Ignite metrics by name; they get what ``output_transform`` gives.
-        device: where batches are moved to; by default where the model's parameters are.
-        non_blocking: lets copies from pinned memory run beside the host.
+        model: the network, on its device.
+        metrics: Ignite metrics by name; they get the result of ``output_transform``.
+        device: the device of the batches; by default that of the model's parameters.
+        non_blocking: lets copies from pinned memory overlap with computation.
         amp: ``None``, ``"bf16"``, ``"fp16"`` or the ``torch.dtype``.
-        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``, gives ``(x, y)`` on the device.
+        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``; returns ``(x, y)`` on the device.
         model_transform: applied to the model's output.
-        output_transform: called with ``(x, y, y_pred)``, gives ``state.output``; by default ``(y_pred, y)``.
+        output_transform: called with ``(x, y, y_pred)``; returns ``state.output``. By default ``(y_pred, y)``.
 
     Returns:
         The engine; ``engine.run(loader).metrics`` are the results.
 
     Raises:
-        TypeError: where an argument is of the wrong kind.
-        ValueError: where the model is on another device.
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if the model is on another device.
 
     Example:
         >>> from ignite.metrics import Accuracy
@@ -75,17 +75,17 @@ def create_evaluator(
     check_no_class(model_transform, "model_transform", "a function of the model's output", nn.Module)
     wrapper = ddp_wrapper(model)
     if wrapper is not None:
-        model = wrapper.module  # DDP's own forward pass would have the processes wait for each other at every batch
-    place = check_device(device, model)
-    autocast = precision_for(amp, place).autocast
+        model = wrapper.module  # the forward pass of DDP would synchronize the processes at every batch
+    target = check_device(device, model)
+    autocast = precision_for(amp, target).autocast
 
     def evaluate(engine: Engine, batch: Any) -> Any:
         state = engine.state
-        pair = prepare_batch(batch, device=place, non_blocking=non_blocking)
+        pair = prepare_batch(batch, device=target, non_blocking=non_blocking)
         try:
             x, y = pair
         except (TypeError, ValueError):
-            raise TypeError(f"prepare_batch ({name_of(prepare_batch)}) must give (x, y), got {pair!r:.200}") from None
+            raise TypeError(f"prepare_batch ({name_of(prepare_batch)}) must return (x, y), got {pair!r:.200}") from None
         with autocast:
             y_pred = model(x)
         if model_transform is not None:
@@ -102,7 +102,7 @@ def create_evaluator(
 
 
 class Evaluator(LoopEngine):
-    """An engine that runs a model in eval and inference mode, and leaves flags and random state as it found them."""
+    """An engine that runs a model in eval and inference mode, and restores training flags and random state."""
 
     def __init__(self, process_function: Callable[[Engine, Any], Any], model: nn.Module) -> None:
         super().__init__(process_function)
@@ -111,24 +111,24 @@ class Evaluator(LoopEngine):
 
     def run(self, *args: Any, **kwargs: Any) -> State:
         """Evaluates over the data, as :meth:`ignite.engine.Engine.run` runs."""
-        if self._has_learned and self._internal_run_generator is None:  # other data, or a pass that gives more
+        if self._has_learned and self._internal_run_generator is None:  # the data may be another, or longer
             self.state.epoch_length, self._has_learned = None, False
         self._ends_together = False
         sharded = is_sharded(self.model)
         if world_size() > 1:
-            self._bring_together(args[0] if args else kwargs.get("data"), kwargs.get("epoch_length"), sharded)
-        # FSDP2 makes the tensors that training will use at the first pass, which mustn't be inference tensors
+            self._synchronize(args[0] if args else kwargs.get("data"), kwargs.get("epoch_length"), sharded)
+        # FSDP2 creates the tensors for training in the first pass; they must not be inference tensors
         with preserve_training_mode(self.model), preserve_rng_state(), torch.no_grad() if sharded else torch.inference_mode():
             self.model.eval()
             return super().run(*args, **kwargs)
 
-    def _bring_together(self, data: Any, epoch_length: int | None, sharded: bool) -> None:
-        """Gives every process the buffers (BatchNorm's statistics) of the first, as DDP does before a step.
+    def _synchronize(self, data: Any, epoch_length: int | None, sharded: bool) -> None:
+        """Broadcasts the buffers (BatchNorm's statistics) of rank 0, as DDP does before a step.
 
-        Where FSDP2 takes every process for each batch, data of unknown length is to end on all of them at once.
+        FSDP2 needs every rank for each batch, so data of unknown length must end on all of them at the same time.
 
         Raises:
-            ValueError: where some would have the others wait for ever.
+            ValueError: if some ranks would wait forever for the others.
         """
         broadcast(buffer for buffer in self.model.buffers() if not is_dtensor(buffer))
         if not sharded:

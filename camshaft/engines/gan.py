@@ -1,4 +1,4 @@
-"""``create_gan_trainer``: two networks that play against each other become a trainer."""
+"""``create_gan_trainer``: makes a trainer of a generator and a discriminator."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from camshaft.engines.phase import Phase
 from camshaft.engines.shorthand import attach_schedulers, attach_settings
 from camshaft.engines.trainer import Trainer
+from camshaft.gan.input_gradients import check_critic
 from camshaft.gan.losses import loss_pair
 from camshaft.gan.objectives import DiscriminatorObjective, GANState, GeneratorObjective, penalty_interval
-from camshaft.gan.penalties import Penalty, look_at
+from camshaft.gan.penalties import Penalty
 from camshaft.models import ddp_wrapper
 from camshaft.pytree import describe, to_device
 from camshaft.validation import check_count, check_prepare, name_of
@@ -23,20 +24,20 @@ __all__ = ["create_gan_trainer"]
 
 
 def prepare_real(batch: Any, device: torch.device | str | None = None, non_blocking: bool = False) -> tuple[Any, Any]:
-    """The default ``prepare_batch`` of a GAN: takes ``x``, ``[x]`` or ``(x, y)`` and moves it to the device.
+    """The default ``prepare_batch`` of a GAN: moves ``x``, ``[x]`` or ``(x, y)`` to the device.
 
     Args:
         batch: the real samples, alone or with their conditions.
-        device: where to.
-        non_blocking: lets a copy from pinned memory run beside the host.
+        device: the target device.
+        non_blocking: lets copies from pinned memory overlap with computation.
 
     Returns:
-        ``(x, y)`` on the device; ``y`` is ``None`` where the batch has none.
+        ``(x, y)`` on the device; ``y`` is ``None`` if the batch has none.
 
     Raises:
-        TypeError: where the batch is anything else.
+        TypeError: if the batch is anything else.
     """
-    if isinstance(batch, torch.Tensor):  # the usual cases, on the hot path
+    if isinstance(batch, torch.Tensor):  # the most frequent case, on the hot path
         return batch if device is None or batch.device == device else batch.to(device, non_blocking=non_blocking), None
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         raise TypeError(
@@ -73,57 +74,57 @@ def create_gan_trainer(
 ) -> Trainer:
     """Makes a trainer for a generative adversarial network.
 
-    One iteration takes one batch of real samples, and without accumulation makes one discriminator step with it. Every
-    ``discriminator_steps``-th completed step of the discriminator is followed by a whole window of the generator, with
-    latents of its own; the count runs on over epochs. While one network steps no gradient is made for the other.
+    One iteration takes one batch of real samples and, without accumulation, makes one discriminator step. After every
+    ``discriminator_steps``-th completed discriminator step the generator runs a full window, with latents of its own; the
+    count continues over epochs. While one network trains, no gradient is computed for the other.
 
-    Both are phases of the trainer, ``"discriminator"`` and ``"generator"``: the same step, events and handlers as in
-    supervised training, for each network in turn. Arguments set both networks alike; a handler with ``phase=`` sets one, for
-    example ``GradientClipping(1.0, phase="generator").attach(trainer)``.
+    Both are phases of the trainer, ``"discriminator"`` and ``"generator"``, with the same step, events and handlers as in
+    supervised training. Arguments apply to both networks; a handler with ``phase=`` applies to one, for example
+    ``GradientClipping(1.0, phase="generator").attach(trainer)``.
 
     In a step's events ``state.x`` is the real batch, ``state.y`` its conditions and ``state.y_pred`` the generated batch. The
     output of an iteration is a mapping of detached tensors: ``discriminator_loss`` (without the penalty), ``penalty``
-    (weighted; 0 where it wasn't applied) and ``generator_loss`` (the latest; ``None`` before the first).
+    (weighted; 0 if it wasn't applied) and ``generator_loss`` (the latest; ``None`` before the first).
 
-    Nothing looks at the losses: where one may not be finite, ``NonFiniteGuard().attach(trainer)`` refuses the step, and its
-    error names the network and the iteration.
+    The losses are not checked: attach ``NonFiniteGuard()`` to skip steps that are not finite, or to get an error that names
+    the network and the iteration.
 
     Args:
-        generator: called as ``generator(latents)``, gives samples of the real data's shape.
-        discriminator: called as ``discriminator(samples)``, gives one number per sample, a logit or a score.
+        generator: called as ``generator(latents)``; returns samples of the real data's shape.
+        discriminator: called as ``discriminator(samples)``; returns one number per sample, a logit or a score.
         generator_optimizer: the generator's optimizer, or several that step together.
         discriminator_optimizer: the discriminator's.
-        latent: the latents' size: a number for normal latents of shape ``(batch, latent)``, a sequence of numbers for
-            ``(batch, *latent)``; or a callable ``(n, device) -> tensor`` with ``n`` samples first.
+        latent: the size of normal latents: a number for the shape ``(batch, latent)``, a sequence for ``(batch, *latent)``; or
+            a callable ``(n, device) -> tensor`` of shape ``(n, ...)``.
         loss: ``"wgan"``, ``"hinge"``, ``"non_saturating"``, ``"least_squares"``, or a pair of callables
             ``(discriminator_loss(real_scores, fake_scores), generator_loss(fake_scores))``.
         penalty: one or several of ``GradientPenalty``, ``DRAGAN``, ``R1`` and ``R2``, or any callable
-            ``(critic, real, fake, *conditions) -> scalar``, with an attribute ``every`` where it is to be lazy. Not for a
-            discriminator under ``fully_shard``; wrap it in DDP.
-        discriminator_steps: how many discriminator steps come before each generator step.
+            ``(critic, real, fake, *conditions) -> scalar``; its attribute ``every``, if any, is the interval in discriminator
+            steps. Not for a discriminator under ``fully_shard``; wrap it in DDP.
+        discriminator_steps: the number of discriminator steps before each generator step.
         conditional: batches are ``(x, y)``, and both networks are called with ``y`` as a second argument.
-        device: where batches are moved to; by default where the discriminator's parameters are.
-        non_blocking: lets copies from pinned memory run beside the host.
+        device: the device of the batches; by default that of the discriminator's parameters.
+        non_blocking: lets copies from pinned memory overlap with computation.
         amp: ``None``, ``"bf16"``, ``"fp16"`` (with a gradient scaler for each network) or the ``torch.dtype``; penalties
             stay in float32.
-        accumulation_steps: how many batches make one optimizer step: of the data for the discriminator, of fresh latents
-            for the generator.
-        loss_weight: how batches count in a window: ``"batch"``, ``"samples"`` or a function of the batch.
-        partial_window: what becomes of an epoch's last, shorter window: ``"step"`` or ``"drop"``.
+        accumulation_steps: the number of batches in one optimizer step: of data for the discriminator, of new latents for
+            the generator.
+        loss_weight: the weight of each batch in a window: ``"batch"``, ``"samples"`` or a function of the batch.
+        partial_window: what to do with an epoch's last, shorter window: ``"step"`` or ``"drop"``.
         clip_grad_norm: the largest total 2-norm of each network's gradient.
         clip_grad_value: the largest absolute value of a gradient's entry.
         generator_scheduler: any ``torch.optim.lr_scheduler`` of the generator's optimizer, or a sequence of them.
         discriminator_scheduler: the discriminator's.
         schedule_every: ``"step"`` (each step of the scheduler's own network) or ``"epoch"``.
-        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``, gives ``x`` or ``(x, y)``.
+        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``; returns ``x`` or ``(x, y)``.
 
     Returns:
         The trainer.
 
     Raises:
-        TypeError: where an argument is of the wrong kind.
-        ValueError: where a value isn't allowed, or networks, optimizers and schedulers don't belong together.
-        RuntimeError: where the device can't do what ``amp`` asks for.
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a value is not allowed, or networks, optimizers and schedulers do not belong together.
+        RuntimeError: if the device does not support ``amp``.
 
     Example:
         >>> from camshaft import GradientPenalty
@@ -142,31 +143,38 @@ def create_gan_trainer(
     check_prepare(prepare_batch)
     discriminator_loss, generator_loss = loss_pair(loss)
     penalties = penalties_of(penalty)
-    gan = GANState(called(generator), called(discriminator), latent, conditional, prepare_batch, non_blocking)
-    judging = DiscriminatorObjective(gan, discriminator_loss, penalties, loss)
-    forging = GeneratorObjective(gan, generator_loss, loss)
-    lead = Phase("discriminator", discriminator, discriminator_optimizer, judging, prepare=judging.prepare, device=device)
+    gan = GANState(without_ddp(generator), without_ddp(discriminator), latent, conditional, prepare_batch, non_blocking)
+    discriminator_objective = DiscriminatorObjective(gan, discriminator_loss, penalties, loss)
+    generator_objective = GeneratorObjective(gan, generator_loss, loss)
+    primary = Phase(
+        "discriminator",
+        discriminator,
+        discriminator_optimizer,
+        discriminator_objective,
+        prepare=discriminator_objective.prepare,
+        device=device,
+    )
     follower = Phase(
         "generator",
         generator,
         generator_optimizer,
-        forging,
+        generator_objective,
         interval=discriminator_steps,
         frozen=(discriminator,),
-        prepare=forging.prepare,
+        prepare=generator_objective.prepare,
         device=device,
     )
-    if lead.device != follower.device:
+    if primary.device != follower.device:
         raise ValueError(
-            f"the generator is on {str(follower.device)!r} and the discriminator on {str(lead.device)!r}; move both to one "
+            f"the generator is on {str(follower.device)!r} and the discriminator on {str(primary.device)!r}; move both to one "
             "device before you make their optimizers"
         )
-    gan.device = judging.device = lead.device
-    for phase in (lead, follower):
+    gan.device = discriminator_objective.device = primary.device
+    for phase in (primary, follower):
         phase.reduced_by_hand = ddp_wrapper(phase.module) is not None
-    trainer = Trainer([lead, follower], output=output)
+    trainer = Trainer([primary, follower], output=output)
     if any(isinstance(item, Penalty) for item in penalties):
-        look_at(discriminator)
+        check_critic(discriminator)
 
     attach_settings(
         trainer,
@@ -182,14 +190,14 @@ def create_gan_trainer(
     return trainer
 
 
-def called(network: Any) -> Any:
-    """A network as the objectives call it: inside DDP's wrapper, which allows for one pass before each backward alone."""
+def without_ddp(network: Any) -> Any:
+    """A network as the objectives call it: without DDP's wrapper, which allows only one forward pass before each backward."""
     wrapper = ddp_wrapper(network) if isinstance(network, nn.Module) else None
     return network if wrapper is None else wrapper.module
 
 
 def output(engine: Trainer) -> dict[str, Any]:
-    """What an iteration gives: the losses, detached."""
+    """The output of an iteration: the detached losses."""
     losses = engine.state.losses
     return {
         "discriminator_loss": losses["discriminator_loss"],
@@ -202,7 +210,7 @@ def penalties_of(penalty: Any) -> tuple[Any, ...]:
     """The penalties as a tuple.
 
     Raises:
-        TypeError: where one can't be called, or is a class where an object is wanted.
+        TypeError: if one is not callable, or is a class instead of an object.
     """
     penalties = tuple(penalty) if isinstance(penalty, (tuple, list)) else () if penalty is None else (penalty,)
     for item in penalties:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ignite.engine import Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
 
-from camshaft.events import FilteredHandler, Priority, split
-from camshaft.handler import check_takes_engine, handlers_of, stop
+from camshaft.events import FilteredHandler, Priority, check_takes_engine, split
+from camshaft.handler import handlers_of, stop
 
 __all__ = ["LoopEngine", "no_handlers"]
 

@@ -1,4 +1,4 @@
-"""Where a trainer's run stands."""
+"""If a trainer's run stands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunStatus(Enum):
 
 @dataclass
 class RunState:
-    """Where a trainer's run stands."""
+    """If a trainer's run stands."""
 
     status: RunStatus = RunStatus.NEW
     checkpoint: Mapping[str, Any] | None = None
@@ -55,6 +55,6 @@ class RunState:
             self.status = RunStatus.FINISHED if self.checkpoint is None else RunStatus.RESUMED
 
     def take_checkpoint(self) -> Mapping[str, Any] | None:
-        """The loaded checkpoint; from now on the run is where it stands."""
+        """The loaded checkpoint; from now on the run stands where it says."""
         checkpoint, self.checkpoint = self.checkpoint, None
         return checkpoint

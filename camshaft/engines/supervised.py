@@ -1,4 +1,4 @@
-"""``create_trainer``: a model, an optimizer and a loss become a trainer."""
+"""``create_trainer``: makes a trainer of a model, an optimizer and a loss."""
 
 from __future__ import annotations
 
@@ -44,40 +44,40 @@ def create_trainer(
 ) -> Trainer:
     """Makes a trainer whose ``run(loader, max_epochs=...)`` trains the model.
 
-    Each argument that has a handler is shorthand for attaching it: ``clip_grad_norm=1.0`` is
+    An argument that corresponds to a handler is shorthand for attaching that handler: ``clip_grad_norm=1.0`` is
     ``GradientClipping(max_norm=1.0).attach(trainer)``.
 
     Args:
-        model: the network, on its device already.
+        model: the network, on its device.
         optimizer: its optimizer, or a sequence of optimizers that step together.
-        loss_fn: called as ``loss_fn(y_pred, y)``, gives a scalar; ``None`` where ``compute_loss`` is given.
-        device: where batches are moved to; by default where the model's parameters are.
-        non_blocking: lets copies from pinned memory run beside the host.
+        loss_fn: called as ``loss_fn(y_pred, y)``; returns a scalar. ``None`` if ``compute_loss`` is given.
+        device: the device of the batches; by default that of the model's parameters.
+        non_blocking: lets copies from pinned memory overlap with computation.
         amp: ``None``, ``"bf16"``, ``"fp16"`` (with a gradient scaler) or the ``torch.dtype``.
-        accumulation_steps: how many batches make one optimizer step.
-        loss_weight: how batches count in a window: each the same (``"batch"``), by their samples (``"samples"``), or by a
-            function of the batch as the loader gave it (its tokens, say).
-        partial_window: what becomes of an epoch's last, shorter window: ``"step"`` or ``"drop"``.
-        clip_grad_norm: the largest total 2-norm of the gradient.
-        clip_grad_value: the largest absolute value of a gradient's entry.
+        accumulation_steps: the number of batches in one optimizer step.
+        loss_weight: the weight of each batch in a window: the same for all (``"batch"``), its number of samples
+            (``"samples"``), or a function of the batch as the loader returned it (its number of tokens, say).
+        partial_window: what to do with an epoch's last, shorter window: ``"step"`` or ``"drop"``.
+        clip_grad_norm: the maximum total 2-norm of the gradient.
+        clip_grad_value: the maximum absolute value of each gradient entry.
         scheduler: any ``torch.optim.lr_scheduler``, or a sequence of them.
         schedule_every: ``"step"`` (each optimizer step) or ``"epoch"``.
-        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``, gives ``(x, y)`` on the device.
+        prepare_batch: called as ``prepare_batch(batch, device=..., non_blocking=...)``; returns ``(x, y)`` on the device.
         model_transform: applied to the model's output before the loss.
-        output_transform: called with detached ``(x, y, y_pred, loss)``, gives ``state.output``; by default the loss.
+        output_transform: called with detached ``(x, y, y_pred, loss)``; returns ``state.output``. By default the loss.
         compute_loss: any other objective: called as ``compute_loss(model, batch)`` with the batch on the device, under
-            autocast; gives a scalar or a mapping with ``"loss"``, whose other entries are logged by name.
-        capture: runs forward, backward, clipping and step as CUDA graphs, for batches of the same shape and a loss whose
-            Python does the same each time. Adam and AdamW must be made with ``capturable=True``. Nobody can listen to
-            ``FORWARD_COMPLETED`` and ``BACKWARD_STARTED``.
+            autocast. Returns a scalar, or a mapping with ``"loss"`` whose other entries are logged by name.
+        capture: runs forward, backward, clipping and optimizer step as CUDA graphs, for batches of the same shape and a loss
+            whose Python code does the same for each. Adam and AdamW must be made with ``capturable=True``. No handler can
+            run on ``FORWARD_COMPLETED`` and ``BACKWARD_STARTED``.
 
     Returns:
         The trainer.
 
     Raises:
-        TypeError: where an argument is of the wrong kind.
-        ValueError: where a value isn't allowed, or model, optimizer and scheduler don't belong together.
-        RuntimeError: where the device can't do what ``amp`` asks for.
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a value is not allowed, or model, optimizer and scheduler do not belong together.
+        RuntimeError: if the device does not support ``amp``.
 
     Example:
         >>> model = torch.nn.Linear(8, 3)
@@ -125,7 +125,7 @@ class Supervised(Objective):
     """The objective ``loss_fn(model_transform(model(x)), y)``."""
 
     device: torch.device | None = None
-    is_single_call = True
+    can_be_captured = True
 
     def __init__(self, model: nn.Module, loss_fn: Any, prepare_batch: Any, model_transform: Any) -> None:
         if model_transform is not None and not callable(model_transform):
@@ -141,11 +141,11 @@ class Supervised(Objective):
         try:
             state.x, state.y = pair
         except (TypeError, ValueError):
-            raise TypeError(f"prepare_batch ({name_of(self.prepare_batch)}) must give (x, y), got {pair!r:.200}") from None
+            raise TypeError(f"prepare_batch ({name_of(self.prepare_batch)}) must return (x, y), got {pair!r:.200}") from None
 
-    def inputs(self, state: Any) -> list[Any] | None:
-        """The batch's ``x``, if a batch has been seen."""
-        return None if state.x is None else [state.x]
+    def inputs(self, state: Any) -> list[Any]:
+        """The batch's ``x``."""
+        return [state.x]
 
     def __call__(self, engine: Any, _: Any) -> Any:
         state = engine.state
@@ -159,6 +159,8 @@ class Supervised(Objective):
 class Custom(Objective):
     """The objective ``compute_loss(model, batch)``."""
 
+    can_be_captured = True
+
     def __init__(self, model: nn.Module, compute_loss: Any) -> None:
         self.model, self.loss_fn = model, compute_loss
         self.label = f"compute_loss {name_of(compute_loss)}"
@@ -168,7 +170,7 @@ class Custom(Objective):
 
 
 class Output:
-    """``state.output`` by a user's ``output_transform`` of detached tensors."""
+    """``state.output`` as a user's ``output_transform`` of detached tensors."""
 
     def __init__(self, transform: Any) -> None:
         if not callable(transform):
@@ -181,7 +183,7 @@ class Output:
 
 
 def check_custom(compute_loss: Any, loss_fn: Any, prepare_batch: Any, model_transform: Any, output_transform: Any) -> None:
-    """Raises where ``compute_loss`` comes with arguments that it replaces."""
+    """Raises ``ValueError`` if ``compute_loss`` is combined with arguments that it replaces."""
     if not callable(compute_loss):
         raise TypeError(f"compute_loss must be callable, got {compute_loss!r}")
     check_no_class(compute_loss, "compute_loss", "a function of (model, batch)")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from camshaft.checkpoints.data_position import DataLoaderPosition
 from camshaft.checkpoints.resume import prepare_resume, starts_new_run
 from camshaft.checkpoints.trainer_state import load_trainer_state, trainer_state_dict
-from camshaft.distributed.collectives import until_rank_zero_is_exhausted, world_size
+from camshaft.distributed.collectives import world_size
 from camshaft.distributed.coordinator import Coordinator, RankCoordinator
 from camshaft.engines.alternation import check_phases, run_followers, run_iteration
 from camshaft.engines.loop import LoopEngine
@@ -111,7 +111,7 @@ class Trainer(LoopEngine):
         if world_size() > 1 and not self.coordinator.is_distributed:
             self.coordinator = RankCoordinator(self)
         status = self._next_status()
-        with self._attributing_failures(status):
+        with self.coordinator.attributing_failures(self, is_new=status is not RunStatus.INTERRUPTED):
             if status is RunStatus.RESUMED:
                 if prepare_resume(self, data, max_epochs, max_iters):
                     return self.state  # its limit has been reached before
@@ -132,7 +132,7 @@ class Trainer(LoopEngine):
 
     @contextmanager
     def _running(self, status: RunStatus) -> Iterator[None]:
-        """Begins a run or continues one, and records where it stands afterwards."""
+        """Begins a run or continues one, and records its status afterwards."""
         self.run_state.begin(status)
         if status is RunStatus.NEW:
             self.state.epoch_is_open = False  # an epoch that an earlier run has cut short is over
@@ -142,19 +142,6 @@ class Trainer(LoopEngine):
             yield
         finally:
             self.run_state.end(is_interrupted=self._internal_run_generator is not None)
-
-    @contextmanager
-    def _attributing_failures(self, status: RunStatus) -> Iterator[None]:
-        """Raises, in place of an exception that another rank's failure has caused, one that names that rank."""
-        if status is not RunStatus.INTERRUPTED:
-            self.coordinator.prepare_run()
-        try:
-            yield
-        except BaseException as error:
-            self.coordinator.raise_cause(error, f"in epoch {self.state.epoch}, iteration {self.state.iteration}")
-            raise
-        finally:
-            self.coordinator.end_run(self)
 
     def _exit_if_requested(self) -> None:
         code, self.exit_code = self.exit_code, None  # if the exit is caught, the next run is an ordinary one
@@ -300,16 +287,11 @@ class Trainer(LoopEngine):
             batches = self.data_position.resume(data, checkpoint["data"], state.iteration)
             if state.epoch_is_open or not checkpoint["data"]["spent"]:
                 self._init_iter = self.epoch_iteration if state.epoch_is_open else 0
-                self._dataloader_iter = self._ending_together(batches)
+                self._dataloader_iter = self.coordinator.ending_together(batches, self.length_is_known)
                 return
         self.data_position.begin(data, state.iteration, state.epoch)
         super()._setup_dataloader_iter()
-        self._dataloader_iter = self._ending_together(self._dataloader_iter)
-
-    def _ending_together(self, batches: Any) -> Any:
-        """Batches that end on all ranks at the same time if their number is unknown."""
-        ends_together = self.coordinator.is_distributed and not self.length_is_known
-        return until_rank_zero_is_exhausted(batches) if ends_together else batches
+        self._dataloader_iter = self.coordinator.ending_together(self._dataloader_iter, self.length_is_known)
 
     def _on_fetch_error(self, error: Exception) -> None:
         if self.coordinator.is_distributed:  # the other ranks have begun the next step and would wait for this one

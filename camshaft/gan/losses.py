@@ -1,4 +1,4 @@
-"""The losses of generative adversarial networks, of real scores ``r`` and fake scores ``f``."""
+"""The losses of generative adversarial networks, as functions of real scores ``r`` and fake scores ``f``."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ GeneratorLoss = Callable[[torch.Tensor], torch.Tensor]
 
 
 def wgan(r: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """The critic's: minus the Wasserstein estimate (Arjovsky et al. 2017, https://arxiv.org/abs/1701.07875)."""
+    """The critic's loss: minus the estimate of the Wasserstein distance (Arjovsky et al. 2017, https://arxiv.org/abs/1701.07875)."""
     return f.mean() - r.mean()
 
 
-def raised_scores(f: torch.Tensor) -> torch.Tensor:
-    """The generator's: the fake scores shall rise."""
+def wgan_generator(f: torch.Tensor) -> torch.Tensor:
+    """The generator's loss: minus the mean fake score."""
     return -f.mean()
 
 
 def hinge(r: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """The discriminator's (Lim and Ye 2017, https://arxiv.org/abs/1705.02894)."""
+    """The discriminator's loss (Lim and Ye 2017, https://arxiv.org/abs/1705.02894)."""
     return relu(1 - r).mean() + relu(1 + f).mean()
 
 
 def non_saturating(r: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """The discriminator's cross-entropy of logits (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661)."""
+    """The discriminator's loss: the cross-entropy of logits (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661)."""
     return softplus(-r).mean() + softplus(f).mean()
 
 
 def non_saturating_generator(f: torch.Tensor) -> torch.Tensor:
-    """The generator's, which doesn't vanish where the discriminator is sure."""
+    """The generator's loss, whose gradient does not vanish for a confident discriminator."""
     return softplus(-f).mean()
 
 
 def least_squares(r: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """The discriminator's (Mao et al. 2016, https://arxiv.org/abs/1611.04076)."""
+    """The discriminator's loss (Mao et al. 2016, https://arxiv.org/abs/1611.04076)."""
     return 0.5 * ((r - 1).square().mean() + f.square().mean())
 
 
 def least_squares_generator(f: torch.Tensor) -> torch.Tensor:
-    """The generator's: the fake scores shall be 1."""
+    """The generator's loss: the squared distance of the fake scores from 1."""
     return 0.5 * (f - 1).square().mean()
 
 
 LOSSES: dict[str, tuple[DiscriminatorLoss, GeneratorLoss]] = {
-    "wgan": (wgan, raised_scores),
-    "hinge": (hinge, raised_scores),
+    "wgan": (wgan, wgan_generator),
+    "hinge": (hinge, wgan_generator),
     "non_saturating": (non_saturating, non_saturating_generator),
     "least_squares": (least_squares, least_squares_generator),
 }
-"""By name: the discriminator's, of both scores, and the generator's, of the fake ones."""
+"""The losses by name: the discriminator's, and the generator's."""
 
 
 def loss_pair(loss: Any) -> tuple[DiscriminatorLoss, GeneratorLoss]:
-    """The two losses that a name, or a pair of callables, stands for.
+    """The two losses of a ``loss`` argument.
 
     Raises:
-        ValueError: where there is no loss of this name.
-        TypeError: where it is neither a name nor a pair of callables.
+        ValueError: if no loss has this name.
+        TypeError: if it is neither a name nor a pair of callables.
     """
     if isinstance(loss, str):
         if loss not in LOSSES:

@@ -1,4 +1,4 @@
-"""The two networks of a GAN at play: the discriminator's turn and the generator's, as objectives of their phases."""
+"""The objectives of a GAN's two phases: the discriminator's and the generator's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from camshaft.gan.penalties import HALF, bad_scores, one_each
+from camshaft.gan.input_gradients import HALF, bad_scores, has_one_score_per_sample
 from camshaft.objective import Objective
 from camshaft.pytree import describe
 from camshaft.validation import bad_loss, name_of
@@ -17,7 +17,7 @@ __all__ = ["DiscriminatorObjective", "GANState", "GeneratorObjective", "penalty_
 
 
 class GANState:
-    """The two networks and what both turns share: the real batch on its device, samples and scores, each looked at."""
+    """The two networks, and what both objectives share: the real batch, generated samples and scores, each validated."""
 
     device: torch.device
 
@@ -35,18 +35,18 @@ class GANState:
         self.latent = latents_from(latent, generator)
 
     def receive(self, engine: Any, batch: Any) -> None:
-        """Puts the real batch on the device, as ``state.x`` and ``state.y``."""
+        """Moves the real batch to the device, as ``state.x`` and ``state.y``."""
         state = engine.state
         prepared = self.prepare_batch(batch, device=self.device, non_blocking=self.non_blocking)
         x, state.y = prepared if type(prepared) in (tuple, list) and len(prepared) == 2 else (prepared, None)
         state.x = x
         if not isinstance(x, torch.Tensor) or x.dim() == 0:
             raise TypeError(
-                f"prepare_batch ({name_of(self.prepare_batch)}) must give the real samples as a tensor x, or (x, y), got "
-                f"{describe(prepared)}{where(engine)}"
+                f"prepare_batch ({name_of(self.prepare_batch)}) must return the real samples as a tensor x, or (x, y), got "
+                f"{describe(prepared)}{location(engine)}"
             )
         if self.conditional and state.y is None:
-            raise TypeError(f"conditional=True needs batches (x, y), got {describe(batch)}{where(engine)}")
+            raise TypeError(f"conditional=True needs batches (x, y), got {describe(batch)}{location(engine)}")
 
     def train(self, engine: Any) -> None:
         """Puts both networks in training mode: both take part in both turns."""
@@ -55,35 +55,35 @@ class GANState:
                 phase.restore_modes()
 
     def samples(self, engine: Any) -> torch.Tensor:
-        """As many generated samples as the batch has real ones."""
+        """Generates as many samples as the batch has real ones."""
         state = engine.state
         shape = state.x.shape
         size = shape[0]
         latents = self.latent(size, self.device)
         if not isinstance(latents, torch.Tensor) or latents.dim() == 0 or latents.shape[0] != size:
             raise ValueError(
-                f"latent ({name_of(self.latent)}) must give the generator a tensor with n={size} samples first, got "
-                f"{describe(latents)}{where(engine)}"
+                f"latent ({name_of(self.latent)}) must return a tensor with n={size} samples first, got "
+                f"{describe(latents)}{location(engine)}"
             )
         fake = self.generator(latents, state.y) if self.conditional else self.generator(latents)
         if not isinstance(fake, torch.Tensor) or fake.shape != shape:
             raise ValueError(
-                f"the generator {name_of(self.generator)} must give samples of the real data's shape {tuple(shape)}, "
-                f"got {describe(fake)}{where(engine)}"
+                f"the generator {name_of(self.generator)} must return samples of the real data's shape {tuple(shape)}, "
+                f"got {describe(fake)}{location(engine)}"
             )
         return fake
 
     def scores(self, engine: Any, samples: torch.Tensor) -> torch.Tensor:
-        """One number per sample, in float32 at least, for a mean in half precision is too coarse a loss."""
+        """The scores of samples, one per sample, in float32 at least: a mean in half precision is too coarse for a loss."""
         scores = self.discriminator(samples, engine.state.y) if self.conditional else self.discriminator(samples)
-        if not one_each(scores, samples.shape[0]):
-            raise bad_scores(scores, samples.shape[0], f"the discriminator {name_of(self.discriminator)}", where(engine))
-        exact: torch.Tensor = scores.float() if scores.dtype in HALF else scores
-        return exact
+        if not has_one_score_per_sample(scores, samples.shape[0]):
+            raise bad_scores(scores, samples.shape[0], f"the discriminator {name_of(self.discriminator)}", location(engine))
+        in_full_precision: torch.Tensor = scores.float() if scores.dtype in HALF else scores
+        return in_full_precision
 
 
 class DiscriminatorObjective(Objective):
-    """The discriminator's objective: its loss of real and generated samples, and the penalties that are due."""
+    """The discriminator's objective: its loss of real and generated samples, and the penalties of this step."""
 
     def __init__(self, gan: GANState, loss: Callable[..., Any], penalties: tuple[Any, ...], named: Any) -> None:
         self.gan, self.loss = gan, loss
@@ -92,7 +92,22 @@ class DiscriminatorObjective(Objective):
         self.device = torch.device("cpu")
         self._none: torch.Tensor | None = None
 
+    @property
+    def non_blocking(self) -> bool:  # type: ignore[override]
+        """Whether batches are copied with ``non_blocking``."""
+        return self.gan.non_blocking
+
+    @property
+    def has_penalties(self) -> bool:  # type: ignore[override]
+        """Whether the loss contains gradients of the discriminator."""
+        return bool(self.penalties)
+
+    def inputs(self, state: Any) -> list[Any]:
+        """The real batch, with its conditions if the networks take any."""
+        return [state.x, state.y] if self.gan.conditional else [state.x]
+
     def prepare(self, engine: Any, batch: Any) -> None:
+        """Moves the real batch to the device."""
         self.gan.receive(engine, batch)
         self.gan.train(engine)
 
@@ -103,8 +118,8 @@ class DiscriminatorObjective(Objective):
         state.y_pred = fake
         loss: torch.Tensor = self.loss(gan.scores(engine, state.x), gan.scores(engine, fake))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise bad_loss(loss, f"the loss of the discriminator (from {self.label}){where(engine)}")
-        losses = state.losses  # noted here and not by the step, which would take three times as long over it
+            raise bad_loss(loss, f"the loss of the discriminator (from {self.label}){location(engine)}")
+        losses = state.losses  # set here because a mapping of losses would take three times as long
         losses["discriminator_loss"] = loss.detach()
         penalty = self.penalty(engine, fake) if self.penalties else None
         if penalty is None:
@@ -114,7 +129,7 @@ class DiscriminatorObjective(Objective):
         return loss + penalty
 
     def penalty(self, engine: Any, fake: torch.Tensor) -> torch.Tensor | None:
-        """The sum of the penalties that are due in the discriminator's coming step; ``None`` where none is."""
+        """The sum of the penalties that apply in the discriminator's next step; ``None`` if none does."""
         state, gan = engine.state, self.gan
         total: torch.Tensor | None = None
         step = engine.primary.optimizer_step + 1
@@ -123,26 +138,27 @@ class DiscriminatorObjective(Objective):
             if step % every == 0:
                 value: torch.Tensor = penalty(gan.discriminator, state.x, fake, *conditions)
                 if not isinstance(value, torch.Tensor) or value.numel() != 1:
-                    raise bad_loss(value, f"the penalty {name_of(penalty)}{where(engine)}")
+                    raise bad_loss(value, f"the penalty {name_of(penalty)}{location(engine)}")
                 total = value if total is None else total + value
         return total
 
     def no_penalty(self) -> torch.Tensor:
-        """A zero on the device, made once."""
+        """A zero on the device, created once."""
         if self._none is None:
             self._none = torch.zeros((), device=self.device)
         return self._none
 
 
 class GeneratorObjective(Objective):
-    """The generator's objective: that its samples pass for real ones."""
+    """The generator's objective: its loss of the scores of generated samples."""
 
     def __init__(self, gan: GANState, loss: Callable[..., Any], named: Any) -> None:
         self.gan, self.loss = gan, loss
         self.label = describe_loss(named, loss)
 
     def prepare(self, engine: Any, batch: Any) -> None:
-        if engine.state.x is None:  # the data ended inside a window that a resumed run has not gathered itself
+        """Uses the real batch of the discriminator's turn."""
+        if engine.state.x is None:  # a resumed run whose data ended before its first batch
             self.gan.receive(engine, batch)
         self.gan.train(engine)
 
@@ -151,23 +167,23 @@ class GeneratorObjective(Objective):
         state.y_pred = fake = gan.samples(engine)
         loss: torch.Tensor = self.loss(gan.scores(engine, fake))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise bad_loss(loss, f"the loss of the generator (from {self.label}){where(engine)}")
+            raise bad_loss(loss, f"the loss of the generator (from {self.label}){location(engine)}")
         state.losses["generator_loss"] = loss.detach()
         return loss
 
 
-def where(engine: Any) -> str:
-    """The place in the run, for an error message."""
+def location(engine: Any) -> str:
+    """The iteration and the phase, for an error message."""
     return f" in iteration {engine.state.iteration}, in the turn of the {engine.state.phase}"
 
 
 def describe_loss(named: Any, loss: Callable[..., Any]) -> str:
-    """How an error names a loss: as the user has written it, or by the name of its function."""
+    """The name of a loss in errors: as the user wrote it, or that of its function."""
     return f"loss {named!r}" if isinstance(named, str) else f"loss {name_of(loss)}"
 
 
 def latents_from(latent: Any, generator: nn.Module) -> Callable[[int, torch.device], Any]:
-    """A source of latents: the user's own, or normal ones of a size, in the generator's precision."""
+    """The function that draws latents: the user's own, or one that draws normal latents in the generator's dtype."""
     if callable(latent):
         return latent  # type: ignore[no-any-return]
     sizes = tuple(latent) if isinstance(latent, (tuple, list)) else (latent,)
@@ -185,5 +201,5 @@ def latents_from(latent: Any, generator: nn.Module) -> Callable[[int, torch.devi
 
 
 def penalty_interval(penalty: Any) -> int:
-    """On every how many-th discriminator step it is due."""
+    """The number of discriminator steps between two applications of a penalty."""
     return getattr(penalty, "every", 1)

@@ -34,23 +34,23 @@ class CheckpointRotation(Handler):
     a run is: see "Checkpoints and resume" in the guide.
 
     Args:
-        dirname: the folder; it is made where it isn't there.
+        dirname: the folder; it is made if it does not exist.
         keep_last: how many of the newest are kept.
         keep_best: how many of the best are kept besides, by ``metric``.
         metric: the name of the score in ``state.metrics``.
         mode: ``"max"`` where more is better, ``"min"`` where less is.
         every: the event, or events, that ask for a checkpoint.
         every_minutes: asks for one whenever so many minutes have gone since the last, too.
-        background: has a thread write while training goes on; the tensors are copied first, one save is under way at most, and
+        background: has a thread write while training continues; the tensors are copied first, one save is under way at most, and
             the last is waited for at the end of the run.
         sharded: every process writes its own part into a folder ``step-00000123`` (``torch.distributed.checkpoint``): for
             FSDP2 and for large states. It loads on another number of processes too.
 
-    Of several processes the first writes, all take part, and each goes on from its own random state and place in the data.
+    Of several processes the first writes, all take part, and each resumes from its own random state and place in the data.
 
     Raises:
-        ValueError: where a value isn't allowed; in the run, where the metric never appears.
-        OSError: at ``attach``, where the folder can't be written.
+        ValueError: if a value isn't allowed; in the run if the metric never appears.
+        OSError: at ``attach`` if the folder can't be written.
 
     Example:
         >>> import tempfile, torch
@@ -177,7 +177,7 @@ class CheckpointRotation(Handler):
         self._requested = True
 
     def requests_checkpoint(self, engine: Any) -> bool:
-        """Whether this process wants a checkpoint; of several, all take part where one does."""
+        """Whether this process wants a checkpoint; of several, all take part if one does."""
         self._look_at_score(engine)
         return self._requested or self._interval_elapsed()
 
@@ -219,7 +219,7 @@ class CheckpointRotation(Handler):
         self.watch.check_at_end(engine)
 
     def _look_at_score(self, engine: Any) -> None:
-        """Notes a new score, and asks for a checkpoint where it is among the best."""
+        """Notes a new score, and asks for a checkpoint if it is among the best."""
         if self.watch is None or not self.watch.is_new(engine):
             return
         score = self.watch.take(engine)
@@ -250,10 +250,10 @@ class CheckpointRotation(Handler):
         never come to it, so that this is an error there.
 
         Returns:
-            The file; ``None`` where it is still to come.
+            The file; ``None`` if it is still to come.
 
         Raises:
-            RuntimeError: where the handler isn't attached, or several processes would wait for each other after an exception.
+            RuntimeError: if the handler isn't attached, or several processes would wait for each other after an exception.
         """
         if self.engine is None:
             raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
@@ -330,7 +330,7 @@ class CheckpointRotation(Handler):
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def resume(self, which: str | os.PathLike[str] = "auto") -> Path | None:
-        """Sets the trainer back to a checkpoint; the next ``run()`` goes on from there.
+        """Sets the trainer back to a checkpoint; the next ``run()`` resumes from there.
 
         Args:
             which: ``"auto"`` for the newest good file (a warning names the bad ones passed over), ``"best"``, or a path.
@@ -339,8 +339,8 @@ class CheckpointRotation(Handler):
             The file that was loaded; ``None`` for ``"auto"`` in a folder without any checkpoint.
 
         Raises:
-            RuntimeError: where the handler isn't attached, the file asked for can't be used, or none of the folder can.
-            ValueError: where the checkpoint is of another model, optimizer or scheme.
+            RuntimeError: if the handler isn't attached, the file asked for can't be used, or none of the folder can.
+            ValueError: if the checkpoint is of another model, optimizer or scheme.
         """
         if self.engine is None:
             raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
@@ -383,7 +383,7 @@ class CheckpointRotation(Handler):
             return self.best, read(self.best)
         if which != "auto":
             if not Path(which).exists():
-                raise CheckpointError(f"{which} isn't there; which must be 'auto', 'best' or the path of a checkpoint")
+                raise CheckpointError(f"{which} does not exist; which must be 'auto', 'best' or the path of a checkpoint")
             return Path(which), read(Path(which))
         passed_over: list[str] = []
         for path in self.index.newest_first():

@@ -15,7 +15,7 @@ __all__ = ["EarlyStopping"]
 class EarlyStopping(Handler):
     """Ends the run at the ``patience``-th evaluation in a row that brings no improvement.
 
-    Best score and patience travel in every checkpoint. A score that isn't finite is no improvement and never the best.
+    Best score and patience are saved in every checkpoint. A score that isn't finite is no improvement and never the best.
 
     Args:
         metric: the name of the score in ``state.metrics``, such as ``"val/accuracy"``.
@@ -24,7 +24,7 @@ class EarlyStopping(Handler):
         min_delta: by how much a score must beat the best to count.
 
     Raises:
-        ValueError: where ``mode``, ``patience`` or ``min_delta`` isn't allowed; in the run, where the metric never appears.
+        ValueError: if ``mode``, ``patience`` or ``min_delta`` isn't allowed; in the run if the metric never appears.
 
     Example:
         >>> stopping = EarlyStopping("val/loss", mode="min", patience=3)
@@ -49,11 +49,11 @@ class EarlyStopping(Handler):
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run begins with full patience; a resumed one goes on."""
+        """A new run begins with full patience; a resumed one continues."""
         self.watch.start(engine)
         if engine.state.iteration == 0:
             self.best, self.stale = None, 0
-        elif self.stale >= self.patience:  # resumed where it had ended
+        elif self.stale >= self.patience:  # resumed if it had ended
             self._stop(engine)
 
     def on_attach(self, engine: Any) -> None:

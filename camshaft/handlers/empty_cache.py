@@ -24,7 +24,7 @@ class EmptyCache(Handler):
         every: the event, or events, at which to do it.
 
     Raises:
-        TypeError: where ``every`` is no event.
+        TypeError: if ``every`` is no event.
 
     Example:
         >>> cache = EmptyCache(every=Events.EPOCH_COMPLETED(every=5))

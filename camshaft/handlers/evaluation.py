@@ -31,8 +31,8 @@ class Evaluation(Handler):
         ema: an ``ExponentialMovingAverage``, whose averaged weights are swapped in while the evaluator runs.
 
     Raises:
-        TypeError: where ``evaluator`` is no engine, ``every`` no event, or ``data`` can't be passed over.
-        ValueError: where it is attached to its own evaluator.
+        TypeError: if ``evaluator`` is no engine, ``every`` no event, or ``data`` can't be passed over.
+        ValueError: if it is attached to its own evaluator.
 
     Example:
         >>> import torch

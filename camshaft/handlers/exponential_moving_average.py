@@ -22,7 +22,7 @@ __all__ = ["ExponentialMovingAverage"]
 class ExponentialMovingAverage(Handler):
     """Keeps an exponential moving average of the weights, updated once per completed optimizer step.
 
-    torch's ``AveragedModel`` underneath; buffers (BatchNorm statistics) are copied. It travels in every checkpoint. Where FSDP2
+    torch's ``AveragedModel`` underneath; buffers (BatchNorm statistics) are copied. It is saved in every checkpoint. Where FSDP2
     has split the model, each process averages its part, and the average is used by :meth:`swapped_in`, on every process.
 
     Args:
@@ -30,7 +30,7 @@ class ExponentialMovingAverage(Handler):
         phase: the phase whose model is averaged; the last by default (in a GAN the generator).
 
     Raises:
-        ValueError: where ``decay`` isn't between 0 and 1.
+        ValueError: if ``decay`` isn't between 0 and 1.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class ExponentialMovingAverage(Handler):
         """The averaged model, a copy of the trained one.
 
         Raises:
-            RuntimeError: where the handler hasn't been attached, or FSDP2 has split the model, which can't be copied then.
+            RuntimeError: if the handler hasn't been attached, or FSDP2 has split the model, which can't be copied then.
         """
         if self.averaged is None:
             raise RuntimeError("ExponentialMovingAverage has no average before it is attached to a trainer")
@@ -117,7 +117,7 @@ class ExponentialMovingAverage(Handler):
         return {"module": self._averaged_state(), "updates": self.averaged.n_averaged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's average."""
+        """Resumes from a checkpoint's average."""
         if self.averaged is None or not state:
             return
         if isinstance(self.averaged, SplitAverage):
@@ -158,7 +158,7 @@ class SplitAverage:
         self.n_averaged += 1
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from an average that was saved, whole or split; every process must call it."""
+        """Resumes from an average that was saved, whole or split; every process must call it."""
         for name, own in self.state.items():
             if isinstance(own, torch.Tensor):
                 own.copy_(distribute_like(state[name], own))

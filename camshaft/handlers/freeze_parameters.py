@@ -28,7 +28,7 @@ class FreezeParameters(Handler):
         phase: the phase whose model is meant; the first by default.
 
     Raises:
-        ValueError: where a number isn't positive, or at ``attach`` where a pattern matches nothing, or a
+        ValueError: if a number isn't positive, or at ``attach`` where a pattern matches nothing, or a
             ``DistributedDataParallel`` would wait for the gradients of what is frozen.
 
     Example:

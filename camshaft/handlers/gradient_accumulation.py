@@ -25,7 +25,7 @@ class GradientAccumulation(Handler):
         phase: the phase that it is for; all of them by default.
 
     Raises:
-        ValueError: where a value isn't allowed.
+        ValueError: if a value isn't allowed.
 
     Example:
         >>> import torch

@@ -25,13 +25,13 @@ class GradientClipping(Handler):
     Args:
         max_norm: the largest total norm over all parameters.
         norm_type: the norm's order: 2, 1, ``float("inf")`` or any other positive number.
-        clip_value: the largest absolute value of an entry; applied after ``max_norm`` where both are given.
+        clip_value: the largest absolute value of an entry; applied after ``max_norm`` if both are given.
         function: clips in a way of its own: called with the list of parameters whose ``.grad`` it may change in place.
         phase: the phase that it is for; all of them by default.
 
     Raises:
-        ValueError: where a bound isn't positive, or ``function`` comes with a bound.
-        TypeError: where ``function`` isn't callable.
+        ValueError: if a bound isn't positive, or ``function`` comes with a bound.
+        TypeError: if ``function`` isn't callable.
 
     Example:
         >>> import torch

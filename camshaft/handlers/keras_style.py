@@ -48,7 +48,7 @@ class KerasStyle(Handler):
     - ``on_epoch_end(epoch, logs)`` at ``EPOCH_COMPLETED``, after evaluation and before the checkpoint.
     - ``on_train_batch_begin(batch, logs)`` and ``on_train_batch_end(batch, logs)`` around each iteration; a callback without
       them may have ``on_batch_begin`` and ``on_batch_end``.
-    - ``on_backward_end(batch)`` at ``GRADIENTS_READY``: once per window, where the gradient is the true one, before clipping.
+    - ``on_backward_end(batch)`` at ``GRADIENTS_READY``: once per window if the gradient is the true one, before clipping.
 
     Methods for validation, test and prediction are never called: an evaluator is an engine of its own.
 
@@ -70,8 +70,8 @@ class KerasStyle(Handler):
         metrics_names: what Poutyne's loggers ask the model for: the names of their columns, without ``val_``.
 
     Raises:
-        TypeError: where the callback has none of the methods.
-        ValueError: where ``style`` is unknown.
+        TypeError: if the callback has none of the methods.
+        ValueError: if ``style`` is unknown.
 
     Example:
         >>> from camshaft import create_trainer
@@ -168,7 +168,7 @@ class KerasStyle(Handler):
         self._call("on_train_batch_begin", self._batch(engine), {})
 
     def end_backward(self, engine: Any) -> None:
-        """Where the gradient of a window is ready."""
+        """If the gradient of a window is ready."""
         self._call("on_backward_end", self._batch(engine))
 
     def sum_losses(self, engine: Any) -> None:
@@ -207,7 +207,7 @@ class KerasStyle(Handler):
         self._call("on_train_end", dict(self._logs))
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch's sums, and the callback's own state where it has one."""
+        """The epoch's sums, and the callback's own state if it has one."""
         state = super().state_dict()
         if self._is_stateful():
             held = self.callback.state_dict() if self._loaded is None else self._loaded
@@ -215,7 +215,7 @@ class KerasStyle(Handler):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint; the callback once more after its ``on_train_begin``, which begins afresh."""
+        """Resumes from a checkpoint; the callback once more after its ``on_train_begin``, which begins afresh."""
         super().load_state_dict(state)
         if self._is_stateful() and "callback" in state:
             self._loaded = state["callback"]
@@ -235,7 +235,7 @@ class KerasStyle(Handler):
         return int(engine.epoch_iteration) - 1 + FIRST[self.style]
 
     def _call(self, name: str, *args: Any) -> None:
-        """Calls one of the callback's methods, where it has it, and ends the run where it has asked for that."""
+        """Calls one of the callback's methods if it has it, and ends the run if it has asked for that."""
         method = self.methods.get(name)
         if method is None:
             return
@@ -309,7 +309,7 @@ def losses_of(engine: Any) -> dict[str, Any]:
 
 
 def means(totals: Mapping[str, Any], samples: int) -> dict[str, float]:
-    """Sums over samples as means, over the samples of all processes where there are several."""
+    """Sums over samples as means, over the samples of all processes if there are several."""
     if world_size() == 1 or not totals:
         return {name: float(total) / samples for name, total in totals.items()}
     device = next((total.device for total in totals.values() if isinstance(total, torch.Tensor)), None)

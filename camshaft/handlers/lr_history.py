@@ -49,7 +49,7 @@ class LRHistory(Handler):
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run has notes of its own; a resumed one goes on with them."""
+        """A new run has notes of its own; a resumed one continues with them."""
         if engine.state.iteration == 0:
             self._steps, self._rates = {}, {}
 
@@ -71,7 +71,7 @@ class LRHistory(Handler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's notes."""
+        """Resumes from a checkpoint's notes."""
         self._steps = {name: array("q", steps.tolist()) for name, (steps, _) in state.items()}
         self._rates = {name: array("d", rates.tolist()) for name, (_, rates) in state.items()}
 
@@ -85,7 +85,7 @@ class LRHistory(Handler):
             The matplotlib figure.
 
         Raises:
-            ModuleNotFoundError: where matplotlib isn't installed.
+            ModuleNotFoundError: if matplotlib isn't installed.
         """
         return draw(self.history, path)
 
@@ -101,8 +101,8 @@ class LRHistory(Handler):
             The same mapping as ``history``.
 
         Raises:
-            ValueError: where ``steps`` is no positive integer.
-            TypeError: where ``scheduler`` is none, or follows a metric.
+            ValueError: if ``steps`` is no positive integer.
+            TypeError: if ``scheduler`` is none, or follows a metric.
 
         Example:
             >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -19,17 +19,17 @@ __all__ = ["LRScheduling", "check_every"]
 class LRScheduling(Handler):
     """Steps any scheduler of ``torch.optim.lr_scheduler`` after the weights have changed.
 
-    A step that the scaler or a guard refuses moves no schedule. The scheduler's state travels in every checkpoint.
+    A step that the scaler or a guard refuses moves no schedule. The scheduler's state is saved in every checkpoint.
 
     Args:
         scheduler: any torch scheduler, or an object with ``optimizer``, ``step()`` and ``state_dict()`` like one.
         every: ``"step"`` (each completed optimizer step) or ``"epoch"``.
-        metric: a name in ``state.metrics``: the scheduler is stepped with its value whenever it has been evaluated anew
+        metric: a name in ``state.metrics``: the scheduler is stepped with its value whenever it has been evaluated again
             (``ReduceLROnPlateau``); ``every`` plays no part then.
 
     Raises:
-        TypeError: where the scheduler isn't one.
-        ValueError: where ``every`` is unknown, a plateau scheduler has no metric, or the optimizer is another's.
+        TypeError: if the scheduler isn't one.
+        ValueError: if ``every`` is unknown, a plateau scheduler has no metric, or the optimizer is another's.
 
     Example:
         >>> import torch
@@ -65,7 +65,7 @@ class LRScheduling(Handler):
         """Attaches it as :meth:`Handler.attach` does; a scheduler that another one steps is refused under any name.
 
         Raises:
-            ValueError: where the scheduler is attached already, or its optimizer is another's.
+            ValueError: if the scheduler is attached already, or its optimizer is another's.
         """
         others = [item for item in getattr(engine, "handlers", {}).values() if isinstance(item, LRScheduling)]
         if any(item.scheduler is self.scheduler for item in others if item is not self):
@@ -121,7 +121,7 @@ class LRScheduling(Handler):
             self.scheduler.step(engine.state.epoch)
 
     def step_on_metric(self, engine: Any) -> None:
-        """Steps the scheduler with a metric that has been evaluated anew."""
+        """Steps the scheduler with a metric that has been evaluated again."""
         assert self.watch is not None
         self.scheduler.step(self.watch.take(engine))
 
@@ -147,7 +147,7 @@ class LRScheduling(Handler):
 
 
 def check_every(every: Any) -> None:
-    """Raises ``ValueError`` where ``every`` names no clock."""
+    """Raises ``ValueError`` if ``every`` names no clock."""
     if every not in ("step", "epoch"):
         raise ValueError(f"schedule_every must be 'step' or 'epoch', got {every!r}")
 

@@ -29,7 +29,7 @@ class NonFiniteGuard(Handler):
             the step, or ``"stop"`` the run without making it.
 
     Raises:
-        ValueError: where ``action`` is none of these.
+        ValueError: if ``action`` is none of these.
 
     Example:
         >>> guard = NonFiniteGuard("skip")

@@ -26,7 +26,7 @@ class Progress(Handler):
         tqdm_options: handed on to ``tqdm``, such as ``file`` or ``disable``.
 
     Raises:
-        ModuleNotFoundError: where tqdm isn't installed.
+        ModuleNotFoundError: if tqdm isn't installed.
 
     Example:
         >>> progress = Progress(every_seconds=0.5, disable=True)
@@ -58,10 +58,10 @@ class Progress(Handler):
 
     @on(Events.ITERATION_COMPLETED, priority=Priority.LOG)
     def advance(self, engine: Any) -> None:
-        """Counts, and redraws where it is time."""
+        """Counts, and redraws if it is time."""
         if self.engine is None:  # detached inside this iteration
             return
-        if self.bar is None:  # attached in the middle of an epoch, or resumed there, where no epoch has started
+        if self.bar is None:  # attached in the middle of an epoch, or resumed there if no epoch has started
             self.open(engine, getattr(engine, "epoch_iteration", 1) - 1)
         self._count += 1
         if self.bar.disable:
@@ -73,7 +73,7 @@ class Progress(Handler):
 
     @on(Events.EPOCH_COMPLETED | Events.TERMINATE | Events.COMPLETED | Events.EXCEPTION_RAISED, priority=Priority.LOG)
     def close(self, engine: Any, *_: Any) -> None:
-        """Draws the epoch's last state, with the metrics, and begins anew."""
+        """Draws the epoch's last state, with the metrics, and begins again."""
         if self.bar is not None:
             self._draw(engine.state, with_metrics=self.metrics)
             self.bar.close()

@@ -21,14 +21,14 @@ class StopOnSignal(Handler):
     """Ends the run after the open window when a signal comes: ``COMPLETED`` handlers run, checkpoints are saved, logs flushed.
 
     The process then exits with 143 for SIGTERM and 130 for SIGINT; a second signal quits at once. The handlers of signals that
-    were there before are put back when the run ends. Forked data-loading workers don't listen. Where several processes train, a
+    were there before are put back when the run ends. Forked data-loading workers don't listen. If several processes train, a
     signal to one of them ends them all, with the same code.
 
     Args:
         signals: the signals to listen to.
 
     Raises:
-        ValueError: where something else than a signal is given.
+        ValueError: if something else than a signal is given.
 
     Example:
         >>> stop = StopOnSignal()
@@ -47,7 +47,7 @@ class StopOnSignal(Handler):
 
     @on(Events.STARTED)
     def listen(self, engine: Any) -> None:
-        """Begins to listen, where that is possible."""
+        """Begins to listen if that is possible."""
         self.received = engine.exit_code = engine.ending = None
         if threading.current_thread() is not threading.main_thread():
             warnings.warn("StopOnSignal can listen only in the main thread; this run will not stop on signals", stacklevel=2)
@@ -86,7 +86,7 @@ class StopOnSignal(Handler):
 
     @on(Events.INTERRUPT, priority=Priority.SAVE + 1)
     def pause(self, engine: Any) -> None:
-        """Stops listening until the run goes on, which fires no ``STARTED``."""
+        """Stops listening until the run continues, which fires no ``STARTED``."""
         self.leave(engine)
         engine.add_event_handler(Events.ITERATION_STARTED, self._go_on)
 

@@ -45,10 +45,10 @@ class TensorBoard(Handler):
     """Writes what people look at while a model trains. Every curve has the optimizer step as its axis.
 
     Scalars: ``train/loss`` (the mean since the last point), ``train/lr`` (the one that the step used; several groups as
-    ``train/lr/<group>``), ``train/grad_norm`` where it is measured (the last), ``train/samples_per_second``, the entries of a
+    ``train/lr/<group>``), ``train/grad_norm`` if it is measured (the last), ``train/samples_per_second``, the entries of a
     mapping from ``compute_loss`` or a GAN as ``train/<name>``, and ``state.metrics`` under their names. What is shown is
     gathered on the device, and the points of about a second are fetched in one transfer and written together. A resumed run
-    goes on in the same folder. Of several processes the first writes, and losses and samples are those of all; an entry that
+    continues in the same folder. Of several processes the first writes, and losses and samples are those of all; an entry that
     only some of them have is averaged over these.
 
     Args:
@@ -60,8 +60,8 @@ class TensorBoard(Handler):
         histograms: writes histograms of weights and gradients with the metrics.
 
     Raises:
-        ValueError: where ``every`` is no positive integer.
-        TypeError: where ``images`` can't be called or ``hparams`` is no mapping of plain values.
+        ValueError: if ``every`` is no positive integer.
+        TypeError: if ``images`` can't be called or ``hparams`` is no mapping of plain values.
 
     Example:
         >>> import tempfile
@@ -117,7 +117,7 @@ class TensorBoard(Handler):
 
     @on(Events.STARTED, priority=Priority.LOG)
     def open(self, engine: Any) -> None:
-        """Opens the run's event file; a resumed run hides what came after the step that it goes on from."""
+        """Opens the run's event file; a resumed run hides what came after the step that it resumes from."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
@@ -163,7 +163,7 @@ class TensorBoard(Handler):
             self._samples += num_samples(state.batch) or 0
 
     def write_scalars(self, engine: Any) -> None:
-        """Notes one point of each training curve, and hands the points over where it is time."""
+        """Notes one point of each training curve, and hands the points over if it is time."""
         state = engine.state
         if state.phase != self._main:
             return
@@ -309,7 +309,7 @@ class TensorBoard(Handler):
         return {"losses": torch.stack(self._losses) if self._losses else None, "batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the losses since the last point."""
+        """Continues with the losses since the last point."""
         self._losses = [] if state["losses"] is None else list(state["losses"])
         self._batches = state["batches"]
 
@@ -331,7 +331,7 @@ class TensorBoard(Handler):
 def names_of_all(names: set[str]) -> tuple[list[str], bool]:
     """The names that any process has, in one order for all of them, and whether every process has them all.
 
-    The processes compare a number that is made of their names, and send these only where it differs.
+    The processes compare a number that is made of their names, and send these only if it differs.
     """
     own = sorted(names)
     print_of_own = int.from_bytes(blake2b("\n".join(own).encode(), digest_size=7).digest(), "big")

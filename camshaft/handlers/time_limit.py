@@ -21,7 +21,7 @@ class TimeLimit(Handler):
         hours: the limit; a fraction will do.
 
     Raises:
-        ValueError: where ``hours`` isn't positive.
+        ValueError: if ``hours`` isn't positive.
 
     Example:
         >>> limit = TimeLimit(hours=11.5)

@@ -1,18 +1,16 @@
-"""A trainer's cycle as text that a person reads at a glance."""
+"""The text of ``trainer.explain()``: every event with its handlers."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 
 from camshaft.events import FilteredHandler, StepEvents, filter_terms
 from camshaft.handler import Handler
-
-if TYPE_CHECKING:
-    from camshaft.engines.trainer import Trainer
+from camshaft.protocols import TrainerLike
 
 __all__ = ["explain"]
 
@@ -32,15 +30,15 @@ CYCLE: tuple[tuple[Any, int], ...] = (
     (Events.INTERRUPT, 0),
     (Events.EXCEPTION_RAISED, 0),
 )
-"""Every event in the order in which it fires, those that may come at any time last, and how deep it is nested."""
+"""Every event in the order in which it fires, those that may fire at any time last, with its depth of nesting."""
 
 ALWAYS = {Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, *StepEvents}
 ALWAYS |= {Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED, Events.COMPLETED}
-"""The events that are shown even where nobody listens."""
+"""The events that are shown even without handlers."""
 
 
-def explain(trainer: Trainer) -> str:
-    """The cycle as it will run; see :meth:`Trainer.explain`."""
+def explain(trainer: TrainerLike) -> str:
+    """Describes the cycle as it will run; see :meth:`Trainer.explain`."""
     lines = list(_settings(trainer))
     for event, depth in CYCLE:
         handlers = [entry[0] for entry in trainer._event_handlers.get(event, ()) if not _is_internal(entry[0])]
@@ -48,15 +46,15 @@ def explain(trainer: Trainer) -> str:
             continue
         lines.append("  " * depth + event.name)
         lines += ["  " * depth + "    " + _describe(handler) for handler in handlers]
-    known = {event for event, _ in CYCLE}
-    for event, entries in trainer._event_handlers.items():  # a user's own events, fired whenever the user fires them
-        if event not in known and entries:
+    of_the_cycle = {event for event, _ in CYCLE}
+    for event, entries in trainer._event_handlers.items():  # a user's own events
+        if event not in of_the_cycle and entries:
             lines.append(str(getattr(event, "name", event)))
             lines += ["    " + _describe(entry[0]) for entry in entries]
     return "\n".join(lines)
 
 
-def _settings(trainer: Trainer) -> Iterator[str]:
+def _settings(trainer: TrainerLike) -> Iterator[str]:
     """One line for each phase: its network, optimizers, window and precision."""
     for phase in trainer.phases.values():
         optimizers = " + ".join(type(optimizer).__name__ for optimizer in phase.optimizers)

@@ -1,4 +1,4 @@
-"""What would make a run faster: the choices that leave speed lying, in the words to type, with what they would gain."""
+"""The text of ``trainer.explain(speed=True)``: what would make a run faster, as code to type, with the measured speed-up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,47 +19,51 @@ from camshaft.cudagraphs.graphs import CAPTURERS
 from camshaft.data.prefetch import Prefetch
 from camshaft.distributed.collectives import world_size
 from camshaft.distributed.dtensors import is_dtensor
-from camshaft.engines.phase import Phase
-from camshaft.engines.supervised import Custom, Supervised
 from camshaft.optimizers import has_own_zero_grad
-from camshaft.reports.timing import Measure, Speedup, gain_of_form, gain_of_passes, has_form, measured, parameters_of
-from camshaft.reports.timing import start_of_workers as start
+from camshaft.protocols import PhaseLike, TrainerLike
+from camshaft.reports.timing import (
+    Measure,
+    Speedup,
+    measured,
+    parameters_of,
+    supports_kernel,
+    time_kernel,
+    time_passes,
+    time_worker_start,
+)
 
-if TYPE_CHECKING:
-    from camshaft.engines.trainer import Trainer
-
-__all__ = ["Advice", "about_data", "about_form", "is_quick_at_bf16", "speed_report"]
+__all__ = ["Advice", "about_data", "about_kernel", "is_quick_at_bf16", "speed_report"]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One choice that would make the run faster, or that has been taken already."""
+    """A setting that would make the run faster, or that is in use already."""
 
     suggestion: str
     """What to type."""
     why: str = ""
-    """What in this run it answers to."""
+    """What in this run it improves."""
     measure: Measure | str = "not measured"
-    """Measures the gain; or says why that isn't done."""
+    """Measures the speed-up; or says why that is not possible."""
     enabled: bool = False
 
 
-def speed_report(trainer: Trainer) -> str:
-    """What would make this run faster, as text; nothing of the run is changed. See :meth:`Trainer.explain`."""
-    data, lead = trainer.state.dataloader, trainer.primary
+def speed_report(trainer: TrainerLike) -> str:
+    """Says what would make this run faster, and changes nothing. See :meth:`Trainer.explain`."""
+    data, primary = trainer.state.dataloader, trainer.primary
     found = [advice for phase in trainer.phases.values() for advice in about_phase(trainer, phase)]
-    found += about_data(data, lead.device, copies_in_background(lead), trainer.state.max_epochs)
-    found += about_process(lead.device, [phase.module for phase in trainer.phases.values()])
-    advised, useless = [], []
+    found += about_data(data, primary.device, copies_in_background(primary), trainer.state.max_epochs)
+    found += about_process(primary.device, [phase.module for phase in trainer.phases.values()])
+    suggested, useless = [], []
     for advice in (advice for advice in found if not advice.enabled):
         gain = measured(advice.measure)
         if isinstance(gain, Speedup) and not gain.is_worth_it:
             useless.append(f"measured, no gain: {advice.suggestion} ({advice.why}; {gain})")
         else:
-            advised += [f"  {advice.suggestion}", f"      {advice.why}; {gain}"]
-    taken = ", ".join(dict.fromkeys(advice.suggestion for advice in found if advice.enabled))
-    lines = ["what would make this run faster:", *(advised or ["  nothing that can be seen from here"]), *useless]
-    lines += [f"taken already: {taken}"] if taken else []
+            suggested += [f"  {advice.suggestion}", f"      {advice.why}; {gain}"]
+    enabled = ", ".join(dict.fromkeys(advice.suggestion for advice in found if advice.enabled))
+    lines = ["what would make this run faster:", *(suggested or ["  nothing that can be seen from here"]), *useless]
+    lines += [f"taken already: {enabled}"] if enabled else []
     lines += ["not known before the first run: the data, and what its loader could do"] if data is None else []
     return "\n".join(lines)
 
@@ -67,8 +71,8 @@ def speed_report(trainer: Trainer) -> str:
 # -- optimizers and networks ----------------------------------------------------------------------------------------------
 
 
-def about_phase(trainer: Trainer, phase: Phase) -> Iterator[Advice]:
-    """What a phase's optimizers and its network could do."""
+def about_phase(trainer: TrainerLike, phase: PhaseLike) -> Iterator[Advice]:
+    """Suggestions for the optimizers and the network of a phase."""
     label = f"{phase.name}: " if len(trainer.phases) > 1 else ""
     sparse = {
         id(p) for part in phase.module.modules() if getattr(part, "sparse", False) for p in part.parameters(recurse=False)
@@ -76,7 +80,7 @@ def about_phase(trainer: Trainer, phase: Phase) -> Iterator[Advice]:
     for optimizer in phase.optimizers:
         yield from about_clearing(optimizer, label)
         if not sparse.intersection(map(id, parameters_of(optimizer))):
-            yield from about_form(optimizer, label)
+            yield from about_kernel(optimizer, label)
     yield from about_convolutions(trainer, phase, label)
     yield from about_precision(trainer, phase, label)
     yield from about_compiling(phase, label)
@@ -84,32 +88,32 @@ def about_phase(trainer: Trainer, phase: Phase) -> Iterator[Advice]:
 
 
 def about_clearing(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:
-    """A ``zero_grad`` of the user's own; torch's is never called, for the step lets go of gradients by itself."""
+    """A ``zero_grad`` that an optimizer overrides; otherwise the step clears gradients itself."""
     name = type(optimizer).__name__
     if has_own_zero_grad(optimizer):
         why = f"{label}{name}.zero_grad is its own and is called for every step; let it set .grad to None, or take it out"
         yield Advice("zero_grad(set_to_none=True)", why, "not measured: what it does isn't known")
 
 
-def about_form(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:
-    """The fused form of torch's optimizers, or else the one that takes many tensors at a time."""
+def about_kernel(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:
+    """The fused kernels of torch's optimizers, or else the multi-tensor ones (``foreach``)."""
     name, held = type(optimizer).__name__, parameters_of(optimizer)
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
-    form = next((form for form in ("fused", "foreach") if has_form(optimizer, form)), None)
-    if form is None:
+    kernel = next((kernel for kernel in ("fused", "foreach") if supports_kernel(optimizer, kernel)), None)
+    if kernel is None:
         return
-    suggestion, settings = f"torch.optim.{name}(..., {form}=True)", {group[form] for group in optimizer.param_groups}
-    by_default = form == "foreach" and held[0].device.type != "cpu"  # torch takes it there by itself
+    suggestion, settings = f"torch.optim.{name}(..., {kernel}=True)", {group[kernel] for group in optimizer.param_groups}
+    by_default = kernel == "foreach" and held[0].device.type != "cpu"  # torch uses it there by default
     if settings <= ({True, None} if by_default else {True}):
         yield Advice(suggestion, enabled=True)
     else:
         why = f"{label}{name} steps {len(held)} tensors on {held[0].device.type} without it"
-        yield Advice(suggestion, why, lambda: gain_of_form(optimizer, form))
+        yield Advice(suggestion, why, lambda: time_kernel(optimizer, kernel))
 
 
-def about_convolutions(trainer: Trainer, phase: Phase, label: str) -> Iterator[Advice]:
-    """The layout in memory that convolutions are made for."""
+def about_convolutions(trainer: TrainerLike, phase: PhaseLike, label: str) -> Iterator[Advice]:
+    """The memory format for which convolutions are optimized."""
     if phase.device.type not in ("cpu", "cuda"):
         return
     for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -118,25 +122,25 @@ def about_convolutions(trainer: Trainer, phase: Phase, label: str) -> Iterator[A
         if not all(weight.is_contiguous(memory_format=layout) for weight in weights):
             why = f"{label}its convolutions ({len(weights)} on {phase.device.type}) have their channels first"
             change = lambda module, layout=layout: module.to(memory_format=layout)  # noqa: E731
-            yield Advice(suggestion, why, lambda change=change: gain_of_passes(trainer.state, phase, change))  # type: ignore[misc]
+            yield Advice(suggestion, why, lambda change=change: time_passes(trainer.state, phase, change))  # type: ignore[misc]
         elif not all(weight.is_contiguous() for weight in weights):  # a kernel of one by one is laid out both ways
             yield Advice(suggestion, enabled=True)
 
 
 def kernels(module: nn.Module) -> list[torch.Tensor]:
-    """The weights of a network's convolutions that are whole and have a shape."""
+    """The weights of a network's convolutions, unless they are sharded or have no shape yet."""
     weights = [part.weight for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd)]
     return [weight for weight in weights if not is_lazy(weight) and not is_dtensor(weight)]
 
 
-def about_precision(trainer: Trainer, phase: Phase, label: str) -> Iterator[Advice]:
-    """Mixed precision, where the device has instructions for it."""
+def about_precision(trainer: TrainerLike, phase: PhaseLike, label: str) -> Iterator[Advice]:
+    """Mixed precision, if the device has instructions for it."""
     if phase.precision.dtype is not None:
         name = str(phase.precision.dtype).removeprefix("torch.")
         yield Advice(f"{label}mixed precision in {name}", enabled=True)
     elif has_matrices(phase.module) and is_quick_at_bf16(phase.device):
         why = f"{label}float32 throughout, on a device that has bfloat16; rounding changes"
-        measure = lambda: gain_of_passes(trainer.state, phase, dtype=torch.bfloat16)  # noqa: E731
+        measure = lambda: time_passes(trainer.state, phase, dtype=torch.bfloat16)  # noqa: E731
         yield Advice('MixedPrecision("bf16").attach(trainer)', why, measure)
 
 
@@ -146,32 +150,32 @@ def has_matrices(module: nn.Module) -> bool:
 
 
 def is_quick_at_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16, and doesn't only imitate it."""
+    """Whether a device has instructions for bfloat16, and does not emulate it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
-def about_compiling(phase: Phase, label: str) -> Iterator[Advice]:
-    """``torch.compile``, where there is a compiler and the network can go through it."""
+def about_compiling(phase: PhaseLike, label: str) -> Iterator[Advice]:
+    """``torch.compile`` if there is a compiler and the network can go through it."""
     parts, suggestion = list(phase.module.modules()), "torch.compile(model)"
     if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
         yield Advice(suggestion, enabled=True)
         return
     scripted = any(isinstance(part, torch.jit.ScriptModule) for part in parts)
-    penalised = bool(getattr(phase.objective, "penalties", ()))  # a gradient's gradient can't be compiled
-    if not scripted and not penalised and has_compiler(phase.device):
+    penalized = phase.objective.has_penalties  # a second derivative can't be compiled
+    if not scripted and not penalized and has_compiler(phase.device):
         why = f"{label}{type(phase.module).__name__} runs one operation at a time; before the optimizer is made"
         yield Advice(suggestion, why, "not measured: compiling takes longer than many steps")
 
 
-def about_capture(phase: Phase) -> Iterator[Advice]:
+def about_capture(phase: PhaseLike) -> Iterator[Advice]:
     """CUDA graphs, where ``create_trainer`` has made the phase."""
-    if isinstance(phase.objective, (Supervised, Custom)) and phase.device.type in CAPTURERS and world_size() == 1:
+    if phase.objective.can_be_captured and phase.device.type in CAPTURERS and world_size() == 1:
         why = "each operation of a step is launched by itself; for batches of one shape"
-        left_alone = "not measured: recording takes longer than many steps"
-        yield Advice("create_trainer(..., capture=True)", why, left_alone, bool(phase.execution.describe()))
+        not_measured = "not measured: capturing takes longer than many steps"
+        yield Advice("create_trainer(..., capture=True)", why, not_measured, bool(phase.execution.describe()))
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -184,20 +188,20 @@ def has_compiler(device: torch.device) -> bool:
 # -- data -----------------------------------------------------------------------------------------------------------------
 
 
-def copies_in_background(phase: Phase) -> bool:
+def copies_in_background(phase: PhaseLike) -> bool:
     """Whether a phase's batches are copied with ``non_blocking``."""
-    objective = phase.objective
-    return bool(getattr(getattr(objective, "gan", objective), "non_blocking", phase.non_blocking))
+    own = phase.objective.non_blocking
+    return phase.non_blocking if own is None else own
 
 
 def about_data(data: Any, device: torch.device, non_blocking: bool, epochs: int | None) -> Iterator[Advice]:
-    """What the loader of the run could do.
+    """Suggestions for the data loader of the run.
 
     Args:
-        data: what the run is given; ``None`` where that isn't known yet.
-        device: where its batches go.
-        non_blocking: whether they are copied so.
-        epochs: how many the run has.
+        data: the data of the run; ``None`` if it is not known yet.
+        device: the device of its batches.
+        non_blocking: whether they are copied with ``non_blocking``.
+        epochs: the number of epochs of the run.
     """
     prefetched = isinstance(data, Prefetch)
     loader = data.loader if prefetched else data
@@ -214,45 +218,45 @@ def about_data(data: Any, device: torch.device, non_blocking: bool, epochs: int 
 
 
 def about_workers(loader: DataLoader[Any], epochs: int | None) -> Iterator[Advice]:
-    """The processes that make batches."""
+    """The worker processes of a loader."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if loader.num_workers == 0:
-        if cores > 1 and not isinstance(loader.dataset, IterableDataset):  # several would each give all of its samples
+        if cores > 1 and not isinstance(loader.dataset, IterableDataset):  # each worker would return all of its samples
             why = "each batch is made by the process that trains, while the step waits"
             measure = "not measured: that would draw from your data; see Ignite's BasicTimeProfiler"
             yield Advice(f"DataLoader(..., num_workers={min(cores - 1, 4)})", why, measure)
         return
     suggestion, why = (
         "DataLoader(..., persistent_workers=True)",
-        f"{loader.num_workers} worker processes are made anew for each epoch",
+        f"{loader.num_workers} worker processes are started again for each epoch",
     )
     if loader.persistent_workers or epochs != 1:
-        yield Advice(suggestion, why, lambda: start(loader), loader.persistent_workers)
+        yield Advice(suggestion, why, lambda: time_worker_start(loader), loader.persistent_workers)
 
 
 # -- the process ----------------------------------------------------------------------------------------------------------
 
 
 def about_process(device: torch.device, modules: Sequence[nn.Module]) -> Iterator[Advice]:
-    """Settings that hold for the whole process, which a measurement must leave alone."""
-    left_alone = "not measured: a setting of the whole process"
+    """Settings of the whole process, which a measurement must not change."""
+    not_measured = "not measured: a setting of the whole process"
     if torch.is_anomaly_enabled():
         why = "every operation is noted and every gradient looked at, to find a NaN"
-        yield Advice("torch.autograd.set_detect_anomaly(False)", why, left_alone)
+        yield Advice("torch.autograd.set_detect_anomaly(False)", why, not_measured)
     if device.type != "cuda" or torch.version.hip:
         return
     if torch.cuda.get_device_capability(device) >= (8, 0) and any(has_matrices(module) for module in modules):
         why = "float32 matrices are multiplied without tensor cores; rounding changes"
-        yield Advice('torch.set_float32_matmul_precision("high")', why, left_alone, not is_in_full_float32())
+        yield Advice('torch.set_float32_matmul_precision("high")', why, not_measured, not is_in_full_float32())
     if any(kernels(module) for module in modules) and not torch.are_deterministic_algorithms_enabled():
         why = "convolutions take the first algorithm that fits; for batches of one shape"
         if not torch.backends.cudnn.deterministic:
-            yield Advice("torch.backends.cudnn.benchmark = True", why, left_alone, torch.backends.cudnn.benchmark)
+            yield Advice("torch.backends.cudnn.benchmark = True", why, not_measured, torch.backends.cudnn.benchmark)
 
 
 def is_in_full_float32() -> bool:
-    """Whether nobody has allowed TF32 for matrices."""
+    """Whether TF32 is disabled for matrix products."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # chosen by torch's newer settings, which the older can't be mixed with
+    except RuntimeError:  # set through torch's newer settings, with which the older ones can't be mixed
         return False

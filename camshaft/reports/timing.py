@@ -1,4 +1,4 @@
-"""How much faster another choice would be, measured in a few paired rounds on copies, so that nothing of the run changes."""
+"""Measures the speed-up of a setting in a few paired rounds, on copies, so that the run does not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,38 +21,33 @@ from torch.utils.data import DataLoader
 
 from camshaft.distributed.collectives import world_size
 from camshaft.distributed.dtensors import is_dtensor
-from camshaft.engines.supervised import Supervised
-from camshaft.gan.objectives import DiscriminatorObjective
 from camshaft.models import unwrap
+from camshaft.protocols import PhaseLike
 from camshaft.pytree import map_tensors, tensors
 from camshaft.rng import preserve_rng_state
-
-if TYPE_CHECKING:
-    from camshaft.engines.phase import Phase
-    from camshaft.engines.state import TrainerState
 
 __all__ = [
     "Measure",
     "Speedup",
-    "gain_of_form",
-    "gain_of_passes",
-    "has_form",
     "measured",
     "paired",
     "parameters_of",
-    "start_of_workers",
+    "supports_kernel",
+    "time_kernel",
+    "time_passes",
+    "time_worker_start",
 ]
 
-FEWEST, MOST, SECONDS_TO_WAIT = 3, 21, 1.0
-"""How many paired rounds a measurement has: as many as begin within so many seconds."""
-MOST_COPIED = 2**30
-"""How many bytes of copies a measurement makes at most where nobody says how much memory is free."""
+MIN_ROUNDS, MAX_ROUNDS, MAX_SECONDS = 3, 21, 1.0
+"""The number of paired rounds of a measurement: as many as start within ``MAX_SECONDS``."""
+MAX_COPIED_BYTES = 2**30
+"""The maximum size of the copies of a measurement if the free memory is unknown."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast, as quartiles over paired rounds, and the median seconds before and after."""
+    """A speed-up: quartiles over paired rounds, and the median seconds before and after."""
 
     low: float
     median: float
@@ -62,7 +57,7 @@ class Speedup:
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether it is more than two measurements of the same thing differ by."""
+        """Whether it is more than noise."""
         return self.low > 1 and self.median >= 1.05
 
     def __str__(self) -> str:
@@ -74,7 +69,7 @@ Measure = Callable[[], "Speedup | str"]
 
 
 def measured(measure: Measure | str) -> Speedup | str:
-    """The gain, or in words why it isn't known. No generator is moved, and what fails on copies doesn't end a run."""
+    """The speed-up, or in words why it is unknown. Random generators do not move, and an error on a copy does not end a run."""
     if isinstance(measure, str):
         return measure
     if world_size() > 1:
@@ -82,18 +77,18 @@ def measured(measure: Measure | str) -> Speedup | str:
     try:
         with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
             return measure()
-    except Exception as error:  # the memory is full; a network that can't be copied, or can't do it so: the text says which
+    except Exception as error:  # out of memory, or a network that can't be copied or changed: the text says which
         return f"not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.120}"
 
 
 def paired(baseline: Callable[[], Any], other: Callable[[], Any], device: torch.device) -> Speedup:
-    """Times two ways to do the same thing in turns, so that whatever else the machine does falls on both."""
-    for function in (baseline, other) * 2:  # the first calls allocate, and choose their kernels
+    """Times two ways to do the same thing in turns, so that other load on the machine affects both."""
+    for function in (baseline, other) * 2:  # the first calls allocate memory and choose kernels
         function()
     pairs: list[tuple[float, float]] = []
     began = time.perf_counter()
-    while len(pairs) < FEWEST or (len(pairs) < MOST and time.perf_counter() - began < SECONDS_TO_WAIT):
-        if len(pairs) % 2:  # going first is nobody's privilege
+    while len(pairs) < MIN_ROUNDS or (len(pairs) < MAX_ROUNDS and time.perf_counter() - began < MAX_SECONDS):
+        if len(pairs) % 2:  # take turns in going first
             after = seconds(other, device)
             pairs.append((seconds(baseline, device), after))
         else:
@@ -104,7 +99,7 @@ def paired(baseline: Callable[[], Any], other: Callable[[], Any], device: torch.
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, until the device has done it."""
+    """The duration of a call, until the device has finished it."""
     wait = (lambda _: None) if device.type == "cpu" else torch.accelerator.synchronize
     wait(device)
     began = time.perf_counter()
@@ -116,49 +111,51 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 # -- an optimizer's step --------------------------------------------------------------------------------------------------
 
 
-def has_form(optimizer: Optimizer, form: str) -> bool:
-    """Whether this torch can step such parameters in a form (``"fused"``, ``"foreach"``), tried on tensors of one number."""
+def supports_kernel(optimizer: Optimizer, kernel: str) -> bool:
+    """Whether an optimizer has a kernel (``"fused"``, ``"foreach"``) for its parameters, tried on tensors of one element."""
     held = parameters_of(optimizer)
-    if form not in optimizer.defaults or any(p.grad is not None and p.grad.is_sparse for p in held):
+    if kernel not in optimizer.defaults or any(p.grad is not None and p.grad.is_sparse for p in held):
         return False
     try:
-        with torch.inference_mode(False), unheard_steps():
+        with torch.inference_mode(False), no_step_hooks():
             tiny = {id(p): torch.zeros(1, dtype=p.dtype, device=p.device, requires_grad=True) for p in held}
             for tensor in tiny.values():
                 tensor.grad = torch.zeros_like(tensor)
-            rebuild_optimizer(optimizer, tiny, form).step()
+            rebuild_optimizer(optimizer, tiny, kernel).step()
     except (AssertionError, RuntimeError, ValueError):  # differentiable=True, or no kernel for the device or the dtype
         return False
     return True
 
 
-def gain_of_form(optimizer: Optimizer, form: str) -> Speedup | str:
-    """The optimizer's step beside the same in another form, over copies of its parameters and their gradients."""
+def time_kernel(optimizer: Optimizer, kernel: str) -> Speedup | str:
+    """Compares the optimizer's step with the same step by another kernel, on copies of its parameters and gradients."""
     held = parameters_of(optimizer)
     device = held[0].device
-    needed = 6 * sum(p.numel() * p.element_size() for p in held)  # with gradients, and two states of two
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MOST_COPIED
+    needed = 6 * sum(p.numel() * p.element_size() for p in held)  # with gradients, and two states for each of two copies
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MAX_COPIED_BYTES
     if needed > room:
         return f"not measured: copies of {len(held)} tensors would take {needed / 2**30:.1f} GiB"
-    trained = [p for p in held if p.requires_grad or p.grad is not None] or held  # a network may be frozen for another's turn
+    trained = [
+        p for p in held if p.requires_grad or p.grad is not None
+    ] or held  # all of them may be frozen for another network's turn
     copies = {id(p): p.detach().clone().requires_grad_() for p in trained}
     for p in trained:
         copies[id(p)].grad = torch.randn_like(p) if p.grad is None else p.grad.detach().clone()
-    with unheard_steps():
-        return paired(rebuild_optimizer(optimizer, copies).step, rebuild_optimizer(optimizer, copies, form).step, device)
+    with no_step_hooks():
+        return paired(rebuild_optimizer(optimizer, copies).step, rebuild_optimizer(optimizer, copies, kernel).step, device)
 
 
 @contextmanager
-def unheard_steps() -> Iterator[None]:
-    """Nobody who listens to every optimizer's step hears of those within."""
+def no_step_hooks() -> Iterator[None]:
+    """Disables the hooks on every optimizer's step inside the block."""
     tables: list[dict[int, Any]] = [optimizer_hooks._global_optimizer_pre_hooks, optimizer_hooks._global_optimizer_post_hooks]
-    listeners = [dict(table) for table in tables]
+    hooks = [dict(table) for table in tables]
     try:
         for table in tables:
             table.clear()
         yield
     finally:
-        for table, own in zip(tables, listeners, strict=True):
+        for table, own in zip(tables, hooks, strict=True):
             table.update(own)
 
 
@@ -167,34 +164,38 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def rebuild_optimizer(optimizer: Optimizer, copies: dict[int, torch.Tensor], form: str | None = None) -> Optimizer:
-    """An optimizer of the same class and settings over copies, in its own form or in another."""
+def rebuild_optimizer(optimizer: Optimizer, copies: dict[int, torch.Tensor], kernel: str | None = None) -> Optimizer:
+    """An optimizer of the same class and settings over copies, with its own kernel or with another."""
     accepted = inspect.signature(type(optimizer)).parameters
     defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    forms: dict[str, Any] = {} if form is None else {key: key == form for key in ("fused", "foreach") if key in defaults}
+    kernels: dict[str, Any] = {}
+    if kernel is not None:
+        kernels = {key: key == kernel for key in ("fused", "foreach") if key in defaults}
     groups = [
-        {key: group[key] for key in defaults} | forms | {"params": [copies[id(p)] for p in group["params"] if id(p) in copies]}
+        {key: group[key] for key in defaults}
+        | kernels
+        | {"params": [copies[id(p)] for p in group["params"] if id(p) in copies]}
         for group in optimizer.param_groups
     ]
-    return type(optimizer)([group for group in groups if group["params"]], **defaults | forms)
+    return type(optimizer)([group for group in groups if group["params"]], **defaults | kernels)
 
 
 # -- a network's passes ---------------------------------------------------------------------------------------------------
 
 
-def gain_of_passes(
-    state: TrainerState,
-    phase: Phase,
+def time_passes(
+    state: Any,
+    phase: PhaseLike,
     change: Callable[[nn.Module], nn.Module] = lambda module: module,
     dtype: torch.dtype | None = None,
 ) -> Speedup | str:
-    """Forward and backward over the last batch beside the same after a change, or with mixed precision, on two copies.
+    """Compares forward and backward over the last batch with the same after a change, or with mixed precision, on two copies.
 
     Args:
         state: the trainer's state, for the batch.
         phase: the phase whose network is copied.
-        change: is given the second copy.
-        dtype: the precision of the second copy's autocast, where it isn't the phase's.
+        change: called with the second copy.
+        dtype: the precision of the second copy's autocast if it isn't the phase's.
     """
     inputs, module = inputs_of(state, phase), phase.module
     if isinstance(inputs, str):
@@ -209,19 +210,18 @@ def gain_of_passes(
     return paired(baseline, round_trip(change(copy.deepcopy(module)), inputs, phase.device, dtype or own), phase.device)
 
 
-def inputs_of(state: TrainerState, phase: Phase) -> Sequence[Any] | str:
-    """What the network was called with last, copied; or in words why that isn't known."""
-    objective = phase.objective
-    if not isinstance(objective, (Supervised, DiscriminatorObjective)):
+def inputs_of(state: Any, phase: PhaseLike) -> Sequence[Any] | str:
+    """Copies of the arguments of the network's last call; or in words why they are unknown."""
+    inputs = phase.objective.inputs(state)
+    if inputs is None:
         return "not measured: only its objective knows how the network is called"
-    if state.x is None:
+    if inputs[0] is None:
         return "not measured: no batch has been seen yet"
-    conditional = isinstance(objective, DiscriminatorObjective) and objective.gan.conditional
-    return [map_tensors(lambda tensor: tensor.detach().clone(), part) for part in (state.x, state.y)[: 1 + conditional]]
+    return [map_tensors(lambda tensor: tensor.detach().clone(), part) for part in inputs]
 
 
 def round_trip(module: nn.Module, inputs: Sequence[Any], device: torch.device, dtype: torch.dtype | None) -> Callable[[], None]:
-    """A forward pass and the backward pass of the sum of its outputs, as a function to be timed."""
+    """A function to be timed: a forward pass, and the backward pass of the sum of its outputs."""
     parameters = list(module.parameters())
     if not any(p.requires_grad for p in parameters):  # frozen for another network's turn
         module.requires_grad_()
@@ -240,12 +240,12 @@ def round_trip(module: nn.Module, inputs: Sequence[Any], device: torch.device, d
 # -- a loader's workers ---------------------------------------------------------------------------------------------------
 
 
-def start_of_workers(loader: DataLoader[Any]) -> str:
-    """What it costs to make a loader's worker processes and to end them, with data that costs nothing."""
+def time_worker_start(loader: DataLoader[Any]) -> str:
+    """Times the start and the end of a loader's worker processes, with data that takes no time."""
     context = loader.multiprocessing_context
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if (method if context is None else context.get_start_method()) != "fork":
-        return "not measured: the workers would import your script anew"
+        return "not measured: the workers would import your script again"
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -158,7 +158,7 @@ def test_prepare_batch_that_gives_no_pair(result):
     def prepare(batch, device, non_blocking):
         return result
 
-    with pytest.raises(TypeError, match=r"prepare_batch .*prepare.* must give \(x, y\)") as caught:
+    with pytest.raises(TypeError, match=r"prepare_batch .*prepare.* must return \(x, y\)") as caught:
         trainer_of(prepare_batch=prepare).run(batches())
     assert names_iteration(caught, 1)
 

@@ -151,7 +151,7 @@ def test_a_prepare_batch_that_gives_no_pair_is_named():
     def three(batch, device, non_blocking):
         return 1, 2, 3
 
-    with pytest.raises(TypeError, match=r"prepare_batch \(.*three\) must give \(x, y\), got \(1, 2, 3\)") as caught:
+    with pytest.raises(TypeError, match=r"prepare_batch \(.*three\) must return \(x, y\), got \(1, 2, 3\)") as caught:
         create_evaluator(linear(), prepare_batch=three).run(batches(1))
     assert caught.value.__notes__ == ["camshaft: in epoch 1, iteration 1"]
 

@@ -325,11 +325,11 @@ def test_samples_that_don_t_fit_are_errors(real, fake, settings, error, text):
 @pytest.mark.parametrize(
     ("critic", "error", "text"),
     [
-        (nn.Linear(3, 2), ValueError, r"critic Linear must give one number per sample, 4 in all, got .*\(4, 2\)"),
+        (nn.Linear(3, 2), ValueError, r"critic Linear must return one number per sample, 4 in all, got .*\(4, 2\)"),
         (lambda x: x.sum(), ValueError, "one number per sample"),
         (lambda x: x.sum(1).detach(), ValueError, "don't depend on its input"),
         (lambda x: torch.ones(4, requires_grad=True) * 2, ValueError, "don't depend on its input"),
-        (lambda x: None, TypeError, "must give a tensor of scores, got a NoneType"),
+        (lambda x: None, TypeError, "must return a tensor of scores, got a NoneType"),
         (None, TypeError, "critic must be callable, got None"),
     ],
 )

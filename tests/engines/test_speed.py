@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import batches, linear, same, sgd, trainer_of, weights
 
 from camshaft import GradientPenalty, Phase, StepEvents, Trainer, create_gan_trainer, create_trainer
-from camshaft.reports.speed import about_data, about_form, is_quick_at_bf16
-from camshaft.reports.timing import FEWEST, MOST, Speedup, gain_of_form, measured, paired
+from camshaft.reports.speed import about_data, about_kernel, is_quick_at_bf16
+from camshaft.reports.timing import MAX_ROUNDS, MIN_ROUNDS, Speedup, measured, paired, time_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FIGURE = r"measured \d+\.\d\d times as fast \(quartiles \d+\.\d\d to \d+\.\d\d\), \d+ us becomes \d+ us"
@@ -88,23 +88,23 @@ def test_a_form_that_is_taken_is_not_advised(kind, form):
 def test_one_group_without_the_form_is_enough_to_advise_it():
     model = linear()
     groups = [{"params": [model.weight], "fused": True}, {"params": [model.bias], "fused": False}]
-    assert words(about_form(torch.optim.SGD(groups))) == ["torch.optim.SGD(..., fused=True)"]
+    assert words(about_kernel(torch.optim.SGD(groups))) == ["torch.optim.SGD(..., fused=True)"]
 
 
 def test_foreach_is_what_torch_takes_by_itself_but_for_a_cpu():
     optimizer = torch.optim.RMSprop([torch.zeros(2, device="meta", requires_grad=True)])
-    assert [(advice.suggestion, advice.enabled) for advice in about_form(optimizer)] == [
+    assert [(advice.suggestion, advice.enabled) for advice in about_kernel(optimizer)] == [
         ("torch.optim.RMSprop(..., foreach=True)", True)
     ]
 
 
 def test_a_differentiable_optimizer_has_no_other_form():
-    assert list(about_form(torch.optim.Adam([torch.zeros(2, requires_grad=True)], differentiable=True))) == []
+    assert list(about_kernel(torch.optim.Adam([torch.zeros(2, requires_grad=True)], differentiable=True))) == []
 
 
 def test_complex_parameters_have_no_fused_form():
     optimizer = torch.optim.Adam([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
-    assert words(about_form(optimizer)) == ["torch.optim.Adam(..., foreach=True)"]
+    assert words(about_kernel(optimizer)) == ["torch.optim.Adam(..., foreach=True)"]
 
 
 def test_sparse_gradients_have_no_fused_form():
@@ -122,7 +122,7 @@ def test_several_optimizers_of_a_phase_are_each_measured():
 
 def test_more_than_fits_is_not_copied():
     expanded = torch.zeros(1).expand(2**28).requires_grad_()  # a single number in memory, a gibibyte as a copy
-    assert gain_of_form(torch.optim.SGD([expanded]), "fused") == "not measured: copies of 1 tensors would take 6.0 GiB"
+    assert time_kernel(torch.optim.SGD([expanded]), "fused") == "not measured: copies of 1 tensors would take 6.0 GiB"
 
 
 class Thorough(torch.optim.SGD):
@@ -254,7 +254,7 @@ def test_after_a_run_the_data_is_known():
 
 
 @pytest.mark.usefixtures("collected")
-def test_the_start_of_workers_is_measured():
+def test_the_time_worker_start_is_measured():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4, num_workers=1), max_epochs=2)
     assert re.search(r"measured \d+ ms an epoch", sentence("DataLoader(..., persistent_workers=True)", said(trainer)))
@@ -464,7 +464,7 @@ def test_both_ways_are_called_as_often_and_in_turns():
     calls = []
     paired(lambda: calls.append("yours"), lambda: calls.append("other"), CPU)
     pairs = [tuple(calls[at : at + 2]) for at in range(0, len(calls), 2)]
-    assert FEWEST + 2 <= len(pairs) <= MOST + 2
+    assert MIN_ROUNDS + 2 <= len(pairs) <= MAX_ROUNDS + 2
     assert set(pairs[2:]) == {("yours", "other"), ("other", "yours")}
 
 
