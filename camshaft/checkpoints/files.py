@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "MANIFEST",
     "TEMP_PREFIX",
+    "checksum",
     "load_checked",
     "remove",
     "remove_temporary_files",
@@ -196,6 +197,15 @@ def _check_seal(path: Path, comment: bytes) -> None:
             crc32, left = zlib.crc32(block, crc32), left - len(block)
     if comment != CHECKSUM_TAG + b"%08x" % crc32:
         raise CheckpointError(f"{path} is damaged: its bytes don't match its checksum")
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def remove_temporary_files(folder: Path) -> None:

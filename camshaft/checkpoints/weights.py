@@ -12,7 +12,7 @@ from torch import nn
 
 from camshaft.checkpoints.files import CheckpointError, load_checked, save_durably
 from camshaft.checkpoints.phase_state import check_same_keys
-from camshaft.checkpoints.sharded import load_manifest, load_shards
+from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 from camshaft.distributed.collectives import all_gather_object, broadcast_object, is_main_process
 from camshaft.distributed.dtensors import distribute_like, full_tensor, is_dtensor
 from camshaft.models import ddp_wrapper, strip_wrapper_prefixes, unwrap

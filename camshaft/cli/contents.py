@@ -8,7 +8,7 @@ from typing import Any
 
 from camshaft.checkpoints.files import CheckpointError, load_checked
 from camshaft.checkpoints.index import step_of
-from camshaft.checkpoints.sharded import load_manifest, load_shards
+from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 
 __all__ = ["checked", "newest_content", "size_of", "without_weights"]
 

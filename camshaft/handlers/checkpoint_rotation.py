@@ -14,7 +14,8 @@ from typing import Any
 
 from camshaft.checkpoints.files import CheckpointError, load_checked, remove_temporary_files
 from camshaft.checkpoints.index import Entry, Index, best_first, file_name, retained
-from camshaft.checkpoints.sharded import load_manifest, load_shards, save_shards
+from camshaft.checkpoints.sharded_load import load_manifest, load_shards
+from camshaft.checkpoints.sharded_save import save_shards
 from camshaft.checkpoints.writer import CheckpointWriter
 from camshaft.distributed.collectives import broadcast_object, is_main_process, world_size
 from camshaft.events import Events, Priority, split

@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import camshaft.checkpoints.sharded
+import camshaft.checkpoints.sharded_save
 import camshaft.distributed.collectives
 from camshaft import (
     R1,
@@ -124,7 +124,7 @@ def one_file_under_ddp() -> Any:
 @scene
 def sums_that_fail_on_one() -> Any:
     """A disk that can't read again what has been written."""
-    folder, true = OUT / "sums", camshaft.checkpoints.sharded.checksum
+    folder, true = OUT / "sums", camshaft.checkpoints.sharded_save.checksum
 
     def checksum(path: Any) -> int:
         if rank() == world() - 1:
@@ -133,11 +133,11 @@ def sums_that_fail_on_one() -> Any:
 
     trainer = trainer_of(sharded())
     CheckpointRotation(folder, sharded=True).attach(trainer)
-    camshaft.checkpoints.sharded.checksum = checksum
+    camshaft.checkpoints.sharded_save.checksum = checksum
     try:
         error = error_of(lambda: trainer.run(batches_of(), max_epochs=2))
     finally:
-        camshaft.checkpoints.sharded.checksum = true
+        camshaft.checkpoints.sharded_save.checksum = true
     return {"error": error, "litter": sorted(path.name for path in folder.iterdir() if path.is_dir())}
 
 
