@@ -1,4 +1,4 @@
-"""Metrics that know when they were written, so that each result is judged once."""
+"""``state.metrics``: counts how often each metric is written, so that each result is used once."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class Metrics(dict[str, Any]):
         return self
 
     def replaced(self, values: Mapping[str, Any]) -> Metrics:
-        """Other entries in place of these, counted on from where these are."""
+        """New metrics in place of these, whose counts continue."""
         fresh = Metrics()
         fresh.writes, fresh.version = self.writes, self.version
         fresh.update(values)
         return fresh
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """Writes and counts the entry if it does not exist yet."""
+        """Writes and counts an entry that does not exist yet."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def recall(self, values: Mapping[str, Any]) -> None:
-        """Sets entries that were judged before (a checkpoint's), without counting them as new."""
+        """Restores entries (from a checkpoint) without counting them as new."""
         super().update(values)
 
 
@@ -61,7 +61,7 @@ def as_number(value: Any, what: str) -> float:
     """A metric's value as a float.
 
     Raises:
-        TypeError: if it isn't a single number.
+        TypeError: if it is not a single number.
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
@@ -72,11 +72,11 @@ def as_number(value: Any, what: str) -> float:
 
 
 LESS_IS_BETTER = re.compile(r"(?:^|[/_.-])(?:loss|error|err|mse|rmse|mae|nll|perplexity|ppl|fid)$", re.IGNORECASE)
-"""How the names of scores end of which less is better."""
+"""The endings of the names of scores for which less is better."""
 
 
 def check_mode(mode: str, metric: str | None) -> None:
-    """Checks a ``mode`` argument, and warns if it and the metric's name don't go together.
+    """Validates a ``mode`` argument, and warns if it does not fit the metric's name.
 
     Raises:
         ValueError: if it is neither ``"min"`` nor ``"max"``.
@@ -84,7 +84,7 @@ def check_mode(mode: str, metric: str | None) -> None:
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
     if mode == "max" and isinstance(metric, str) and LESS_IS_BETTER.search(metric):
-        logger.warning("mode is 'max', so that the highest %r counts as the best; where less is better, say mode='min'", metric)
+        logger.warning("mode is 'max', so that the highest %r is the best; if less is better, use mode='min'", metric)
 
 
 def better(score: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
@@ -100,11 +100,11 @@ class MetricWatch:
     """Waits for new values of one entry of ``engine.state.metrics``.
 
     Args:
-        metric: the entry's name, such as ``"val/accuracy"``.
-        owner: who asks, for error messages.
+        metric: the name of the entry, such as ``"val/accuracy"``.
+        owner: the name of the handler that waits, for error messages.
 
     Raises:
-        TypeError: if ``metric`` isn't a name.
+        TypeError: if ``metric`` is not a name.
     """
 
     def __init__(self, metric: str, owner: str) -> None:
@@ -113,7 +113,7 @@ class MetricWatch:
         self.metric, self.owner, self.seen = metric, owner, 0
 
     def attach(self, engine: Any) -> None:
-        """Has an engine of Ignite's own count its metrics too."""
+        """Makes an Ignite engine count its metrics."""
         if not isinstance(engine.state.metrics, Metrics):
             engine.state.metrics = Metrics(engine.state.metrics)
 
@@ -122,27 +122,27 @@ class MetricWatch:
         return bool(engine.state.metrics.writes[self.metric] != self.seen)
 
     def take(self, engine: Any) -> float:
-        """The entry's value as a number; it is new no longer."""
+        """The value of the entry as a number; it is not new any more."""
         metrics = engine.state.metrics
         self.seen = metrics.writes[self.metric]
         return as_number(metrics[self.metric], f"{self.owner}: the metric {self.metric!r}")
 
     def start(self, engine: Any) -> None:
-        """Forgets what was written in an earlier run."""
+        """Ignores values from an earlier run."""
         self.seen = engine.state.metrics.writes[self.metric]
 
     def check_exists(self, engine: Any) -> None:
-        """Raises if nobody has written the entry and nobody is going to.
+        """Raises ``ValueError`` if the entry has not been written, and no evaluation is still to come.
 
         Raises:
-            ValueError: names the entries that there are.
+            ValueError: names the existing entries.
         """
         metrics = engine.state.metrics
         if self.metric in metrics:
             return
         writers = [h for h in engine.handlers.values() if h.provides is not None and self.metric.startswith(h.provides)]
         if any(not writer.has_run for writer in writers):
-            return  # an evaluation that sleeps for some epochs may yet write it
+            return  # an evaluation that does not run in every epoch may still write it
         known = ", ".join(map(repr, metrics)) or "none"
         raise ValueError(
             f"{self.owner}: no metric named {self.metric!r} by the end of epoch {engine.state.epoch}; "
@@ -151,10 +151,10 @@ class MetricWatch:
         )
 
     def check_at_end(self, engine: Any) -> None:
-        """Raises if a run that wasn't stopped has ended without the entry.
+        """Raises ``ValueError`` if a run that was not stopped has ended without the entry.
 
         Raises:
-            ValueError: names the entries that there are.
+            ValueError: names the existing entries.
         """
         if self.metric not in engine.state.metrics and getattr(engine.state, "stop_reason", None) is None:
             known = ", ".join(map(repr, engine.state.metrics)) or "none"

@@ -1,4 +1,4 @@
-"""What can be asked of a model without knowing how it is trained: wrappers, flags, freezing, counting."""
+"""Models: wrappers, training modes, freezing, counting."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ __all__ = [
 ]
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel, DistributedDataParallel and torch.compile put in front of a model's names."""
+"""The prefixes that DataParallel, DistributedDataParallel and torch.compile add to parameter names."""
 
 
 class ParameterCount(NamedTuple):
-    """The numbers of a model's parameters."""
+    """The number of parameters of a model."""
 
     trainable: int
     total: int
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and ``torch.compile``, however they are nested."""
+    """The model inside DataParallel, DistributedDataParallel and ``torch.compile``, in any nesting."""
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
@@ -50,7 +50,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def without_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict whose keys have lost the wrappers' prefixes that all of them share."""
+    """A state dict without the wrappers' prefixes that all of its keys share."""
     state = dict(state)
     while state:
         prefix = next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in state)), None)
@@ -61,7 +61,7 @@ def without_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def strip_wrapper_prefixes(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under a model's own names: without the wrappers' prefixes where they are not part of these."""
+    """A state dict under the model's names: without the wrappers' prefixes, unless they are part of these names."""
     return dict(state) if set(state) == set(own) else without_prefixes(state)
 
 
@@ -73,7 +73,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def preserve_training_mode(*modules: nn.Module) -> Iterator[None]:
-    """Puts the training flag of every submodule back as it was, however the block is left."""
+    """Restores the training flag of every submodule after the block."""
     flags = [(part, part.training) for module in modules for part in module.modules()]
     try:
         yield
@@ -83,7 +83,7 @@ def preserve_training_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts a model's parameters; one that is shared counts once.
+    """Counts the parameters of a model; a shared one counts once.
 
     Args:
         model: any module.
@@ -100,9 +100,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def freeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Stops the training of the parameters whose names match, and clears their gradients.
+    """Freezes the parameters whose names match, and clears their gradients.
 
-    A frozen parameter has no ``.grad``, so neither momentum nor weight decay moves it, even where the optimizer holds it.
+    A frozen parameter has no ``.grad``, so neither momentum nor weight decay changes it, even if the optimizer has it.
 
     Args:
         model: any module; the prefixes of DataParallel, DDP and ``torch.compile`` are not part of the names.
@@ -122,7 +122,7 @@ def freeze(model: nn.Module, *patterns: str) -> list[str]:
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Lets the parameters whose names match train again.
+    """Unfreezes the parameters whose names match.
 
     Args:
         model: any module.
@@ -167,18 +167,18 @@ def _set_trainable(model: nn.Module, patterns: tuple[str, ...], trainable: bool)
 
 
 def ddp_wrapper(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The ``DistributedDataParallel`` that a model is, under ``torch.compile`` too; ``None`` if it is none."""
+    """The model itself if it is a ``DistributedDataParallel`` (compiled or not), otherwise ``None``."""
     inner = getattr(module, "_orig_mod", module)
     return inner if isinstance(inner, nn.parallel.DistributedDataParallel) else None
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` has been applied to a model or to parts of it."""
+    """Whether ``fully_shard`` (FSDP2) has been applied to a model or to parts of it."""
     return bool(fsdp_modules(module))
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
-    """The outermost parts of a model that ``fully_shard`` has been applied to."""
+    """The outermost modules of a model to which ``fully_shard`` has been applied."""
     try:
         from torch.distributed.fsdp import FSDPModule
     except ImportError:

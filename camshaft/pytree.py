@@ -1,4 +1,4 @@
-"""What a data loader hands over: tensors, or any nest of tuples, lists, dicts and dataclasses of them."""
+"""Nests of tensors: tuples, lists, dicts and dataclasses of them, at any depth."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = [
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """Applies ``function`` to every tensor of a nest and keeps its structure; anything else is handed on as it is.
+    """Applies ``function`` to every tensor of a nest and keeps its structure; anything else is returned unchanged.
 
     Args:
         function: called with each tensor.
         batch: a tensor, or tuples, named tuples, lists, mappings and dataclasses of them at any depth.
 
     Returns:
-        The same structure around the results. An object with a ``to`` method of its own is left to the caller.
+        The same structure with the results. An object with a ``to`` method is returned unchanged.
     """
     if isinstance(batch, torch.Tensor):
         return function(batch)
@@ -47,15 +47,15 @@ def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str | None = None, non_blocking: bool = False) -> Any:
-    """Moves every tensor of a batch to ``device``; a tensor that is there already is not copied.
+    """Moves every tensor of a batch to ``device``; a tensor that is already there is not copied.
 
     Args:
         batch: tensors in any nest.
-        device: where to; ``None`` leaves them where they are.
-        non_blocking: lets a copy from pinned memory run beside the host.
+        device: the target device; ``None`` leaves the tensors where they are.
+        non_blocking: lets copies from pinned memory overlap with computation.
 
     Returns:
-        The batch in the same structure. An object with a ``to`` method (a packed sequence, say) is moved by it.
+        The batch in the same structure. An object with a ``to`` method (a packed sequence, say) is moved by that method.
     """
     if device is None:
         return batch
@@ -67,7 +67,7 @@ def to_device(batch: Any, device: torch.device | str | None = None, non_blocking
 
 
 def detach(value: Any) -> Any:
-    """``value`` with every tensor cut off from the graph."""
+    """``value`` with every tensor detached."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     return map_tensors(torch.Tensor.detach, value)
@@ -89,22 +89,22 @@ def tensors(batch: Any) -> Iterator[torch.Tensor]:
 
 
 def is_strided(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's entries are in one piece of memory: neither sparse nor nested."""
+    """Whether a tensor is dense: neither sparse nor nested."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def signature(batch: Any, found: list[torch.Tensor]) -> Hashable:
-    """What two batches must have in common to be handled by the same work on a device.
+    """The input signature of a batch: two batches with the same one can use the same CUDA graph.
 
     Args:
         batch: tensors in any nest.
-        found: every tensor is added to it, in the order of :func:`map_tensors`.
+        found: a list to which every tensor is appended, in the order of :func:`map_tensors`.
 
     Returns:
-        The structure, with each tensor's shape, strides, type and device, and everything else as it is.
+        The structure, with the shape, strides, dtype and device of each tensor, and the value of everything else.
 
     Raises:
-        TypeError: if something that is no tensor can't be compared by hash.
+        TypeError: if something that is not a tensor is not hashable.
     """
     if isinstance(batch, torch.Tensor):
         found.append(batch)
@@ -120,7 +120,9 @@ def signature(batch: Any, found: list[torch.Tensor]) -> Hashable:
         names = [field.name for field in dataclasses.fields(batch) if field.init]
         return type(batch), *[signature(getattr(batch, name), found) for name in names]
     if not isinstance(batch, Hashable):
-        raise TypeError(f"capture=True: {describe(batch)} in a batch can't be compared with that of the next; make it a tensor")
+        raise TypeError(
+            f"capture=True: {describe(batch)} in a batch can't be compared with that of the next; turn it into a tensor"
+        )
     return type(batch), batch
 
 
@@ -134,18 +136,18 @@ def num_samples(batch: Any) -> int | None:
 
 
 def prepare_pair(batch: Any, device: torch.device | str | None = None, non_blocking: bool = False) -> tuple[Any, Any]:
-    """The default ``prepare_batch``: takes ``(x, y)`` apart and moves both to the device.
+    """The default ``prepare_batch``: unpacks ``(x, y)`` and moves both to the device.
 
     Args:
         batch: a tuple or list of two; each may be a tensor or any nest of tensors.
-        device: where to.
-        non_blocking: lets a copy from pinned memory run beside the host.
+        device: the target device.
+        non_blocking: lets copies from pinned memory overlap with computation.
 
     Returns:
         ``(x, y)`` on the device.
 
     Raises:
-        TypeError: if the batch is no pair.
+        TypeError: if the batch is not a pair.
 
     Example:
         >>> x, y = prepare_pair((torch.zeros(4, 2), torch.zeros(4)))
@@ -155,7 +157,7 @@ def prepare_pair(batch: Any, device: torch.device | str | None = None, non_block
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(
             f"a batch must be a pair (x, y), got {describe(batch)}; pass prepare_batch=, a function of "
-            "(batch, device, non_blocking) that returns (x, y), or compute_loss= for an objective of your own"
+            "(batch, device, non_blocking) that returns (x, y), or compute_loss= for another objective"
         )
     x, y = batch
     if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):  # the usual case, on the hot path
@@ -166,7 +168,7 @@ def prepare_pair(batch: Any, device: torch.device | str | None = None, non_block
 
 
 def describe(value: Any) -> str:
-    """A value's type and size in a few words, for an error message."""
+    """The type and size of a value, for an error message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The states of every random number generator that training draws from."""
+"""The states of the random number generators that training uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reseed(seed: int) -> None:
 
 
 class RawStates(NamedTuple):
-    """Every generator's state as the generator itself gives it: quick to take."""
+    """The states of the global generators in their native form, which is fast to get."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
@@ -38,7 +38,7 @@ class RawStates(NamedTuple):
     cuda: list[torch.Tensor]
 
     def plain(self) -> dict[str, Any]:
-        """As tensors and plain values, which a checkpoint can carry."""
+        """The states as tensors and plain values, for a checkpoint."""
         version, internal, gauss = self.python
         _, keys, position, has_gauss, cached = self.numpy
         state: dict[str, Any] = {
@@ -50,19 +50,19 @@ class RawStates(NamedTuple):
 
 
 def raw_rng_state() -> RawStates:
-    """The generators of Python, NumPy, torch and each CUDA device."""
+    """The states of the global generators of Python, NumPy, torch and each CUDA device."""
     cuda = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
     numpy: Any = np.random.get_state(legacy=True)
     return RawStates(random.getstate(), numpy, torch.get_rng_state(), cuda)
 
 
 def rng_state() -> dict[str, Any]:
-    """The generators of Python, NumPy, torch and each CUDA device, as tensors and plain values."""
+    """The states of the global generators of Python, NumPy, torch and each CUDA device, as tensors and plain values."""
     return raw_rng_state().plain()
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Puts back what :func:`rng_state` took; CUDA devices that are no longer there are passed over."""
+    """Restores what :func:`rng_state` returned; states of CUDA devices that do not exist here are ignored."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     keys, position, has_gauss, cached = state["numpy"]
@@ -79,7 +79,7 @@ def _cuda_is_used() -> bool:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Puts every generator back as it was, however the block is left."""
+    """Restores the global generators after the block."""
     before = raw_rng_state()
     try:
         yield

@@ -12,10 +12,10 @@ __all__ = ["pack"]
 
 
 def pack(value: Any, where: str) -> Any:
-    """``value`` as tensors and plain values, so that ``torch.load(weights_only=True)`` can read it.
+    """Converts a value to tensors and plain values, which ``torch.load(weights_only=True)`` can read.
 
     Raises:
-        TypeError: names the place of whatever can't be carried.
+        TypeError: names the path of what can't be converted.
     """
     if value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, complex, str, bytes):
         return value

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run besides its curves: the page that has them together, and how the run ended."""
+"""The tags of a run in TensorBoard: which curves share a chart, and the texts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 __all__ = ["CYCLE", "ENDED", "finished", "layout"]
 
 CYCLE = "cycle"
-"""The text that shows the cycle, written when a run begins."""
+"""The tag of the text that shows the cycle, written when a run starts."""
 ENDED = "ended"
-"""The text that says why a run ended."""
+"""The tag of the text that says why a run ended."""
 
 LOSS = ".*loss$"
 LEARNING_RATE = "train/(.*/)?lr(/.*)?$"
@@ -19,15 +19,15 @@ NUMBER = re.compile("(/[0-9]+)?$")
 
 
 def layout(metrics: Iterable[str], *, gradient_norm: bool) -> dict[str, dict[str, list[object]]]:
-    """The page "Custom Scalars": what belongs together in one chart, in the order in which one looks at it.
+    """The layout of the page "Custom Scalars": the charts, and the curves that share one.
 
     Args:
-        metrics: the names of the metrics' curves, such as ``val/accuracy``. Those with one last part share a chart; a number
-            behind it, as the entries of a vector have, doesn't count.
-        gradient_norm: whether the run measures it.
+        metrics: the names of the metrics' curves, such as ``val/accuracy``. Names with the same
+            last part share a chart; the number of an entry of a vector does not count.
+        gradient_norm: whether the run measures the gradient norm.
 
     Returns:
-        What ``SummaryWriter.add_custom_scalars`` takes: category -> chart -> its kind, and the patterns of its curves.
+        The argument of ``SummaryWriter.add_custom_scalars``: category -> chart -> its kind, and the patterns of its curves.
 
     Example:
         >>> page = layout(["val/loss", "val/accuracy", "test/accuracy"], gradient_norm=True)
@@ -46,7 +46,7 @@ def layout(metrics: Iterable[str], *, gradient_norm: bool) -> dict[str, dict[str
 
 
 def finished(epoch: int, iteration: int, max_iters: int | None) -> str:
-    """How a run that nothing has stopped ended.
+    """The reason why a run that reached its limit ended.
 
     Example:
         >>> finished(epoch=3, iteration=12, max_iters=None), finished(epoch=1, iteration=1, max_iters=1)

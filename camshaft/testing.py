@@ -1,4 +1,4 @@
-"""Proof that a training set-up of one's own resumes exactly."""
+"""Tests for users: whether their training resumes exactly."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def assert_resumes_exactly(
     by: str = "terminate",
     make_resumed: MakeRun | None = None,
 ) -> None:
-    """Trains, stops, rebuilds, resumes, and compares bit by bit with the run that wasn't stopped.
+    """Trains, stops, rebuilds, resumes, and compares bit by bit with an uninterrupted run.
 
-    Each stop is a run of its own, cut short after that iteration; then everything is built again, resumed from the newest
-    checkpoint and run to the end, while every batch, random state, loss, learning rate and weight is compared with the
-    uninterrupted run's, iteration by iteration.
+    For each stop a new run is cut short after that iteration. Then everything is built again, resumed from the newest
+    checkpoint and run to the end, and every batch, random state, loss, learning rate and weight is compared with those of the
+    uninterrupted run, iteration by iteration.
 
     Args:
         make_run: called with a folder for checkpoints; seeds, builds model, data and trainer, attaches a
@@ -45,7 +45,7 @@ def assert_resumes_exactly(
             workers; by default ``make_run``.
 
     Raises:
-        AssertionError: names the first thing that differs: which batch, random generator, loss, learning rate or weight, at
+        AssertionError: names the first difference: which batch, random generator, loss, learning rate or weight, at
             which iteration.
         ValueError: if the trainer has no ``CheckpointRotation``, or ``by`` is unknown.
 
@@ -76,7 +76,7 @@ def assert_resumes_exactly(
 
 
 class _CutShort(Exception):
-    """What stands for whatever ends a run in the middle."""
+    """Cuts a run short in the middle."""
 
 
 def _cut_short() -> None:
@@ -86,7 +86,7 @@ def _cut_short() -> None:
 def _trace(
     make_run: MakeRun, folder: Path, stop: int | None = None, by: str = "", resume: str = ""
 ) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-    """Runs once and notes, for each iteration, everything that a resumed run must have again."""
+    """Runs once, and records for each iteration everything that a resumed run must reproduce."""
     trainer, run = make_run(folder)
     trace: dict[int, dict[str, Any]] = {}
 
@@ -112,7 +112,7 @@ def _trace(
         if rotation is None:
             raise ValueError("make_run must attach a CheckpointRotation over the folder that it is given")
         if rotation.resume("auto") is not None:
-            random.seed()  # nothing may hang on what the seeds were before the run
+            random.seed()  # nothing may depend on the seeds before the run
             np.random.seed()
             torch.manual_seed(random.getrandbits(32))
         elif resume == "terminate":
@@ -120,7 +120,7 @@ def _trace(
     run()
     end = trainer.checkpoint()
     end["handlers"] = {k: v for k, v in end["handlers"].items() if v}
-    for entry in ("data", "metrics"):  # where the data stood is compared batch by batch
+    for entry in ("data", "metrics"):  # the data position is compared batch by batch
         end.pop(entry)
     return trace, _frozen(end)
 
@@ -143,7 +143,7 @@ def _sum(tensor: Any) -> int:
 
 
 def _frozen(value: Any) -> Any:
-    """A nest with checksums in the place of tensors."""
+    """A nest with checksums in place of tensors."""
     if isinstance(value, torch.Tensor):
         return {"tensor": _sum(value)}
     if isinstance(value, Mapping):
@@ -165,7 +165,7 @@ def _span(trace: Mapping[int, Any]) -> str:
 
 
 def _compare(one: Any, other: Any, where: str, path: str) -> None:
-    """Raises at the first entry in which two nests differ."""
+    """Raises ``AssertionError`` at the first difference between two nests."""
     if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
         for key in one:
             _compare(one[key], other[key], where, f"{path}, {key}")

@@ -1,4 +1,4 @@
-"""What an error says of the value that came, and of many names."""
+"""Validation of arguments, and the texts of errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def describe_type(value: Any) -> str:
-    """What came, by its kind; of a class, also how to make an object of it.
+    """The type of a value, for an error message; for a class also how to make an object of it.
 
     Example:
         >>> describe_type("adam")
@@ -51,7 +51,7 @@ def describe_type(value: Any) -> str:
 
 
 def join_names(names: Sequence[str], most: int) -> str:
-    """Some names in a row, and how many more there are.
+    """Joins names, and says how many more there are.
 
     Example:
         >>> join_names(["a", "b", "c"], 2)
@@ -65,7 +65,7 @@ logger = logging.getLogger("camshaft")
 
 
 def name_of(function: Any) -> str:
-    """How an error message calls a user's function."""
+    """The name of a user's function in error messages."""
     described = getattr(function, "label", None)
     return described or getattr(function, "__qualname__", None) or type(function).__name__
 
@@ -87,25 +87,25 @@ def check_count(value: Any, argument: str, minimum: int = 1) -> int:
 
 
 def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:
-    """Raises ``TypeError`` if a class came in place of an object of it.
+    """Raises ``TypeError`` if the value is a class instead of an object.
 
     Args:
-        value: what came.
-        argument: the argument's name.
+        value: the value.
+        argument: the name of the argument.
         what: what is allowed, for the message.
-        kind: such classes alone are no functions; others may well be called in place of one, as ``tuple`` is.
+        kind: only classes of this kind are refused; others may be called like a function, as ``tuple`` can.
     """
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{argument} must be {what}, got {describe_type(value)}")
 
 
 def check_prepare(function: Any) -> None:
-    """Raises ``TypeError`` if ``prepare_batch`` can't be called as it is going to be."""
+    """Raises ``TypeError`` if ``prepare_batch`` can't be called with its arguments."""
     if not callable(function):
         raise TypeError(f"prepare_batch must be callable, got {function!r}")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # one that is written in C need not say
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return
     try:
         signature.bind(None, device=None, non_blocking=True)
@@ -117,14 +117,14 @@ def check_prepare(function: Any) -> None:
 
 
 def check_device(device: torch.device | str | None, module: nn.Module) -> torch.device:
-    """The device that batches go to; raises ``ValueError`` where the model is somewhere else."""
+    """The device of the batches; raises ``ValueError`` if the model is on another one."""
     found = device_of(module)
     if device is None:
         return found
     wanted = torch.device(device)
-    for place in [parameter.device for parameter in module.parameters()] or [found]:
-        if place.type == wanted.type and wanted.index in (None, place.index):
-            return place
+    for existing in [parameter.device for parameter in module.parameters()] or [found]:
+        if existing.type == wanted.type and wanted.index in (None, existing.index):
+            return existing
     raise ValueError(
         f"device is {str(wanted)!r} but the model is on {str(found)!r}; call model.to({str(wanted)!r}) before you make "
         "the optimizer, or leave device out"
@@ -132,7 +132,7 @@ def check_device(device: torch.device | str | None, module: nn.Module) -> torch.
 
 
 def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None, phase: str) -> tuple[Optimizer, ...]:
-    """The optimizers as a tuple; raises ``TypeError`` or ``ValueError`` if one can't train the module.
+    """Validates the optimizers of a phase.
 
     Args:
         optimizer: an optimizer or a sequence of them.
@@ -174,18 +174,18 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
 
 
 def stateful(function: Any) -> nn.Module | None:
-    """The module behind an objective (a loss with weights of its own) if there is one that has a state."""
+    """The loss function of an objective if it is a module with a state (weights of its own), otherwise ``None``."""
     part = getattr(function, "loss_fn", function)
     return part if isinstance(part, nn.Module) and part.state_dict() else None
 
 
 def bad_loss(loss: Any, source: str) -> Exception:
-    """What to say of a loss that can't go backward."""
+    """The error for a loss whose backward pass can't run."""
     if not isinstance(loss, torch.Tensor):
         return TypeError(f"{source} must be a scalar tensor, got {'None' if loss is None else describe(loss)}")
     if loss.numel() != 1:
         return ValueError(f"{source} must be a scalar, got {describe(loss)}; take its mean() or sum()")
     return ValueError(
-        f"{source} has no gradient: nothing in it depends on a parameter that is trained. Was it computed under no_grad() "
+        f"{source} has no gradient: it does not depend on any trainable parameter. Was it computed under no_grad() "
         "or detached, or is everything frozen?"
     )

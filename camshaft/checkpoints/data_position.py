@@ -67,7 +67,7 @@ class DataLoaderPosition:
             state = copy.deepcopy(loader.state_dict()) if keeps_place else None  # type: ignore[attr-defined]
             return rng, [generator_state(generator) for generator in own], state
 
-        self._prefetch.look = look
+        self._prefetch.before_fetch = look
         return loader
 
     def _count_passes(self, data: Any) -> None:
@@ -94,8 +94,8 @@ class DataLoaderPosition:
             state |= {"start": self._start, "taken": self.taken(iteration)}
         state["own"], state["dealt"] = _own_states(self._data), self._sampler_epochs
         loader = self._data.state_dict() if _is_stateful(self._data) else None
-        if self._prefetch is not None and self._prefetch.ahead is not None:
-            rng, own, loader = self._prefetch.ahead
+        if self._prefetch is not None and self._prefetch.state_before_fetch is not None:
+            rng, own, loader = self._prefetch.state_before_fetch
             state["ahead"] = {"rng": rng and rng.plain(), "own": own}
         if loader is not None:
             state["loader"] = pack(dict(loader), "the data loader's state_dict()")
@@ -143,13 +143,13 @@ class DataLoaderPosition:
         """The same with the batch that was ahead fetched again, as it was the first time."""
         ahead = state.get("ahead")
         if ahead is None:
-            return prefetch.entered(batches, fetched=False)
+            return prefetch.resume(batches, fetched=False)
         with preserve_rng_state():
             if ahead["rng"] is not None:
                 restore_rng(ahead["rng"])
             if not _restores_itself(prefetch.loader, state):
                 _restore_own(prefetch.loader, ahead["own"])
-            return prefetch.entered(batches, fetched=True)
+            return prefetch.resume(batches, fetched=True)
 
 
 def length_of(data: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""The next batch on its way to the device while the present one is worked on."""
+"""Fetches the next batch and copies it to the device while the current one is used."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ __all__ = ["Prefetch"]
 
 
 class Prefetch:
-    """A loader that is one batch ahead of whoever asks, and moves that batch to the device beside the computation.
+    """A loader that fetches one batch ahead, and copies it to the device while the step computes.
 
-    On a CUDA device the copy has a stream of its own; it runs beside the step only from pinned memory
-    (``DataLoader(pin_memory=True)``). Elsewhere batches are fetched ahead and moved all the same, so that a script
-    stays as it is. Batches come in the loader's order, and a run over a ``Prefetch`` resumes as exactly as one over the
-    loader. It is made for loaders with workers. Without them, a batch is loaded before the step of the batch before it, so that
-    augmentation draws other numbers from the global generators than without ``Prefetch``, and their state is noted before
-    each batch, which takes some 50 us.
+    On a CUDA device the copy has its own stream; it overlaps with the step only from pinned memory
+    (``DataLoader(pin_memory=True)``). On other devices batches are fetched ahead and moved too, so that a script need not
+    change. Batches keep the loader's order, and a run over a ``Prefetch`` resumes as exactly as one over the loader. It is
+    meant for loaders with workers. Without workers, a batch is loaded before the previous step, so that augmentation draws
+    other numbers from the global generators than without ``Prefetch``, and saving their state takes about 50 us per batch.
 
     Args:
-        loader: batches that can be passed over again and again (a ``DataLoader``, a list).
-        device: where to; every tensor of a batch goes there.
+        loader: batches that can be iterated over again and again (a ``DataLoader``, a list).
+        device: the target device of every tensor of a batch.
 
     Raises:
-        TypeError: if the loader is none, or is a ``Prefetch`` already.
-        RuntimeError: if there is no such device.
+        TypeError: if the loader is not iterable, or is a ``Prefetch`` already.
+        RuntimeError: if the device does not exist.
 
     Example:
         >>> loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=2)
@@ -38,17 +37,17 @@ class Prefetch:
 
     def __init__(self, loader: Iterable[Any], device: torch.device | str) -> None:
         if isinstance(loader, Prefetch) or not isinstance(loader, Iterable):
-            raise TypeError(f"loader must be an iterable of batches that isn't prefetched yet, got a {type(loader).__name__}")
+            raise TypeError(f"loader must be an iterable of batches, and not a Prefetch already, got a {type(loader).__name__}")
         self.loader, self.device = loader, torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"device is {str(device)!r}, and torch finds no CUDA device; give the one that the model is on")
-        self.look: Callable[[], Any] = lambda: None
-        """Called just before each batch is fetched; what it returned before the last one is :attr:`ahead`."""
-        self.ahead: Any = None
-        """What :attr:`look` returned before the fetch of the batch that hasn't been handed over yet."""
+            raise RuntimeError(f"device is {str(device)!r}, but torch finds no CUDA device; pass the device of the model")
+        self.before_fetch: Callable[[], Any] = lambda: None
+        """Called before each batch is fetched; :attr:`state_before_fetch` is its latest result."""
+        self.state_before_fetch: Any = None
+        """The result of :attr:`before_fetch` for the batch that has been fetched but not returned yet."""
 
     def __iter__(self) -> Iterator[Any]:
-        self.ahead = None
+        self.state_before_fetch = None
         return _Ahead(iter(self.loader), self)
 
     def __len__(self) -> int:
@@ -56,26 +55,26 @@ class Prefetch:
             return len(self.loader)
         raise TypeError(f"a {type(self.loader).__name__} has no length")
 
-    def entered(self, batches: Iterator[Any], fetched: bool) -> Iterator[Any]:
-        """A pass that continues in the middle of the loader.
+    def resume(self, batches: Iterator[Any], fetched: bool) -> Iterator[Any]:
+        """Iterates over the rest of a pass that continues in the middle.
 
         Args:
-            batches: what is left of the loader's pass.
-            fetched: whether its first batch is to be fetched now, and not when it is asked for.
+            batches: the rest of the loader's pass.
+            fetched: whether to fetch the first batch now instead of when it is needed.
         """
-        self.ahead = None
+        self.state_before_fetch = None
         return _Ahead(batches, self, fetched)
 
 
 class _Ahead:
-    """One pass. Whatever ends it, or goes wrong in it, shows when that batch is asked for, and not one batch too early."""
+    """One pass. The end of the data, or an error, shows when its batch is needed, and not one batch too early."""
 
     def __init__(self, batches: Iterator[Any], prefetch: Prefetch, fetched: bool = False) -> None:
         self.batches, self.prefetch = batches, prefetch
         self.stream = torch.cuda.Stream(prefetch.device) if prefetch.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.batch: Any = None
         self.error: Exception | None = None
-        self.began = fetched
+        self.has_begun = fetched
         if fetched:
             self._fetch()
 
@@ -83,19 +82,19 @@ class _Ahead:
         return self
 
     def __next__(self) -> Any:
-        if not self.began:
-            self.began = True
+        if not self.has_begun:
+            self.has_begun = True
             self._fetch()
         if self.error is not None:
             raise self.error
         batch = self.batch
         if self.stream is not None:
-            self._take_over(batch, torch.cuda.current_stream(self.prefetch.device))
+            self._wait_for_copy(batch, torch.cuda.current_stream(self.prefetch.device))
         self._fetch()
         return batch
 
     def _fetch(self) -> None:
-        self.prefetch.ahead = self.prefetch.look()
+        self.prefetch.state_before_fetch = self.prefetch.before_fetch()
         try:
             batch = next(self.batches)
             with torch.cuda.stream(self.stream):  # does nothing for None
@@ -103,8 +102,8 @@ class _Ahead:
         except Exception as error:
             self.error = error
 
-    def _take_over(self, batch: Any, stream: torch.cuda.Stream) -> None:
-        """Has the step wait, on the device, for the copy, and keeps the memory until the step is done with it."""
+    def _wait_for_copy(self, batch: Any, stream: torch.cuda.Stream) -> None:
+        """Makes the step wait for the copy, on the device, and keeps the memory until the step has used it."""
         stream.wait_stream(self.stream)  # type: ignore[arg-type]
         for tensor in tensors(batch):
             if tensor.is_cuda:

@@ -1,4 +1,4 @@
-"""Seeds: for this process and for the workers of a data loader."""
+"""Seeds for this process and for the workers of a data loader."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
 
     Args:
         seed: from 0 to 2**32 - 1 (NumPy's range).
-        deterministic: makes torch use deterministic algorithms only, and raise if there is none. On CUDA this needs
-            ``CUBLAS_WORKSPACE_CONFIG``, which is set here if it isn't; call it before the first CUDA operation.
-        benchmark: lets cuDNN try out which convolution is the fastest; its choice may differ from run to run.
+        deterministic: makes torch use only deterministic algorithms, and raise if there is none. On CUDA this needs
+            ``CUBLAS_WORKSPACE_CONFIG``, which is set here if it is not set; call it before the first CUDA operation.
+        benchmark: lets cuDNN choose the fastest convolution by trial; the choice may differ between runs.
 
     Raises:
-        ValueError: if the seed is out of range, or ``deterministic`` and ``benchmark`` are both asked for.
+        ValueError: if the seed is out of range, or both ``deterministic`` and ``benchmark`` are set.
 
     Example:
         >>> seed_everything(0)
@@ -47,11 +47,11 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
 def worker_init_fn(worker_id: int) -> None:
     """For ``DataLoader(worker_init_fn=worker_init_fn)``: seeds Python and NumPy from torch's seed of the worker.
 
-    torch does the same by itself in the workers that it starts. The function is for scripts that want it said, and for
-    loaders that start their workers in another way: no two workers, and no two epochs, draw the same numbers.
+    torch already does this in the workers that it starts. The function is for scripts that want to be explicit, and for
+    loaders that start their workers in another way. No two workers, and no two epochs, draw the same numbers.
 
     Args:
-        worker_id: given by the data loader.
+        worker_id: passed by the data loader.
 
     Example:
         >>> loader = torch.utils.data.DataLoader(range(8), num_workers=2, worker_init_fn=worker_init_fn)
@@ -62,12 +62,12 @@ def worker_init_fn(worker_id: int) -> None:
 
 
 class SeededDataset(Dataset[Any]):
-    """Makes random augmentation depend on nothing but the seed, the epoch and the sample's index.
+    """Makes random augmentation depend only on the seed, the epoch and the sample's index.
 
-    Without it, what a worker draws for a sample depends on the samples that it has drawn for before, so a run that is resumed
-    in the middle of an epoch, or with another number of workers, augments differently. Inside ``dataset[index]`` the global
-    generators of Python, NumPy and torch are seeded for that sample; afterwards they are as they were. This costs some tens of
-    microseconds a sample. A trainer sets the epoch by itself.
+    Without it, the random numbers for a sample depend on the samples that its worker has loaded before, so that a run which
+    is resumed in the middle of an epoch, or with another number of workers, augments differently. Inside
+    ``dataset[index]`` the global generators of Python, NumPy and torch are seeded for that sample, and restored afterwards.
+    This costs some tens of microseconds per sample. A trainer sets the epoch automatically.
 
     Args:
         dataset: any map-style dataset.
@@ -95,22 +95,22 @@ class SeededDataset(Dataset[Any]):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
         self.dataset, self.seed = dataset, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # workers that live on see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
 
     @property
     def epoch(self) -> int:
-        """The epoch that counts for the samples drawn from now on."""
+        """The epoch for the samples drawn from now on."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, for every worker too."""
+        """Sets the epoch, in every worker too."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        if get_worker_info() is not None:  # a worker draws for nobody else
+        if get_worker_info() is not None:  # a worker has its own generators
             self._seed(index)
             return self.dataset[index]
         with preserve_rng_state():
