@@ -61,3 +61,14 @@ def scripted(scores, name="score", events=None):
 
 def evaluator_of(model, metrics=None, **options):
     return create_evaluator(model, metrics, **options)
+
+
+def names_iteration(caught, number):
+    """Whether the notes of an exception name the iteration in which it was raised."""
+    return any(f"iteration {number}" in note for note in caught.value.__notes__)
+
+
+def collect(trainer, event, what):
+    seen = []
+    trainer.add_event_handler(event, lambda engine: seen.append(what(engine)))
+    return seen

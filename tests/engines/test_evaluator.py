@@ -1,5 +1,7 @@
 """An evaluator sees what the model gives in eval mode, and disturbs nothing."""
 
+from __future__ import annotations
+
 import random
 
 import numpy as np
@@ -9,7 +11,10 @@ from ignite.engine import Events
 from ignite.metrics import Accuracy, Loss, MeanSquaredError
 from toys import batches, linear, sgd
 
-from camshaft import create_evaluator, create_trainer
+from camshaft import (
+    create_evaluator,
+    create_trainer,
+)
 
 
 def deep_model():
@@ -166,3 +171,14 @@ def test_a_run_over_data_of_unknown_length_takes_all_of_it_whatever_the_last_one
 
     evaluator = create_evaluator(linear())
     assert [evaluator.run(Unknown(count)).iteration for count in (2, 4, 3)] == [2, 4, 3]
+
+
+def test_metric_that_is_a_class():
+    with pytest.raises(TypeError, match=r"metrics\['accuracy'\] must be .*got the class Accuracy; make one: Accuracy\(\)"):
+        create_evaluator(linear(), {"accuracy": Accuracy})
+
+
+@pytest.mark.parametrize("argument", ["prepare_batch", "model_transform", "output_transform"])
+def test_what_an_evaluator_cannot_call(argument):
+    with pytest.raises(TypeError, match=f"{argument} must be callable, got 3"):
+        create_evaluator(torch.nn.Linear(2, 1), **{argument: 3})

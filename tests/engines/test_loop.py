@@ -1,38 +1,15 @@
-"""The loop does what Ignite's own does: the same script on both gives the same log of events."""
+"""The loop runs as Ignite's does: the same script on both gives the same log of events."""
 
 import contextlib
-import functools
 import itertools
 
 import pytest
-import torch
 from ignite.engine import Engine, Events
-from ignite.engine.events import EventEnum
-from ignite.handlers import BasicTimeProfiler, HandlersTimeProfiler
+from loop_engines import make_loop
 
-from camshaft import create_trainer
 from camshaft.engines.loop import LoopEngine
 
 LOGGED = [event for event in Events if event is not Events.EXCEPTION_RAISED]
-
-
-def make_loop():
-    return LoopEngine(lambda engine, batch: batch)
-
-
-def make_trainer():
-    """A trainer that takes any batch, ``None`` included."""
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return create_trainer(model, optimizer, None, compute_loss=lambda model, batch: model(torch.ones(1, 1)).sum())
-
-
-MAKERS = {"loop": make_loop, "trainer": make_trainer}
-
-
-@pytest.fixture(params=MAKERS)
-def engine(request):
-    return MAKERS[request.param]()
 
 
 class Endless:
@@ -112,6 +89,8 @@ INSIDE = [
     Events.ITERATION_COMPLETED,
     Events.DATALOADER_STOP_ITERATION,
 ]
+
+
 STOPS = {
     "terminate": lambda e: e.terminate(),
     "terminate without COMPLETED": lambda e: e.terminate(skip_completed=True),
@@ -332,248 +311,6 @@ def test_a_run_after_an_exception_is_like_one_after_terminate(iteration, engine)
     script(engine, fail)
     assert engine.noted == stock.noted
     assert engine.noted[-3:] == [(2, 0), (2, 1), (2, 2)]
-
-
-@pytest.mark.parametrize(
-    "terms",
-    [
-        {"every": 1},
-        {"every": 2},
-        {"every": 3},
-        {"once": 4},
-        {"once": [2, 5]},
-        {"before": 3},
-        {"after": 3},
-        {"before": 6, "after": 2},
-        {"every": 2, "after": 3},
-        {"every": 2, "before": 5},
-        {"event_filter": lambda engine, event: event in (1, 6)},
-        {"event_filter": lambda engine, event: engine.state.epoch == 2},
-        {"event_filter": functools.partial(lambda wanted, engine, event: event == wanted, 5)},
-    ],
-    ids=lambda terms: ",".join(f"{k}={v}" if not callable(v) else k for k, v in terms.items()),
-)
-@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.GET_BATCH_STARTED, Events.EPOCH_STARTED])
-def test_filters_are_ignites(event, terms, engine):
-    def script(engine):
-        engine.noted = []
-        engine.add_event_handler(event(**terms), lambda e: e.noted.append((e.state.epoch, e.state.iteration)))
-        engine.run(range(4), max_epochs=2)
-
-    stock = Engine(lambda engine, batch: batch)
-    script(stock)
-    script(engine)
-    assert engine.noted == stock.noted
-
-
-def test_events_joined_by_or_are_each_heard(engine):
-    def script(engine):
-        engine.noted = []
-        events = Events.STARTED | Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED | Events.COMPLETED
-        engine.add_event_handler(events, lambda e: e.noted.append(e.state.iteration))
-        engine.run(range(3), max_epochs=2)
-
-    stock = Engine(lambda engine, batch: batch)
-    script(stock)
-    script(engine)
-    assert engine.noted == stock.noted == [0, 2, 3, 4, 6, 6, 6]
-
-
-class Counter:
-    def __init__(self):
-        self.calls = 0
-
-    def count(self):
-        self.calls += 1
-
-
-FILTERS = {
-    "unfiltered": Events.ITERATION_COMPLETED,
-    "every": Events.ITERATION_COMPLETED(every=2),
-    "once": Events.ITERATION_COMPLETED(once=1),
-    "callable": Events.ITERATION_COMPLETED(lambda engine, event: True),
-    "list": Events.EPOCH_COMPLETED | Events.ITERATION_COMPLETED(every=2),
-}
-
-
-@pytest.mark.parametrize("event", FILTERS.values(), ids=FILTERS)
-@pytest.mark.parametrize("bound", [True, False], ids=["bound method", "function"])
-def test_a_handle_removes_its_handler(bound, event, engine):
-    counter = Counter()
-    handler = counter.count if bound else lambda: counter.count()
-    handle = engine.add_event_handler(event, handler)
-    handle.remove()
-    engine.run(range(3))
-    assert counter.calls == 0
-
-
-@pytest.mark.parametrize("event", FILTERS.values(), ids=FILTERS)
-def test_a_handle_is_a_context(event, engine):
-    counter = Counter()
-    handler = counter.count
-    with engine.add_event_handler(event, handler):
-        engine.run(range(3))
-    calls = counter.calls
-    engine.run(range(3))
-    assert calls > 0
-    assert counter.calls == calls
-
-
-@pytest.mark.parametrize("event", list(FILTERS.values())[:4], ids=list(FILTERS)[:4])
-def test_has_event_handler_knows_filtered_ones(event, engine):
-    counter = Counter()
-    assert not engine.has_event_handler(counter.count)
-    engine.add_event_handler(event, counter.count)
-    assert engine.has_event_handler(counter.count)
-    assert engine.has_event_handler(counter.count, Events.ITERATION_COMPLETED)
-    assert not engine.has_event_handler(counter.count, Events.EPOCH_COMPLETED)
-    engine.remove_event_handler(counter.count, Events.ITERATION_COMPLETED)
-    assert not engine.has_event_handler(counter.count)
-
-
-def test_removing_an_unknown_handler_is_an_error(engine):
-    with pytest.raises(ValueError, match="is not found among|does not exist"):
-        engine.remove_event_handler(print, Events.STARTED)
-
-
-def test_handlers_get_their_arguments_with_or_without_the_engine(engine):
-    got = []
-    engine.add_event_handler(Events.STARTED, lambda e, a, b=0: got.append((e is engine, a, b)), 1, b=2)
-    engine.add_event_handler(Events.STARTED, lambda a, b=0: got.append((a, b)), 3, b=4)
-    engine.add_event_handler(Events.EPOCH_STARTED(once=1), lambda *args, **kwargs: got.append((len(args), kwargs)), 5, c=6)
-    engine.add_event_handler(Events.STARTED, lambda: got.append(()))
-
-    @engine.on(Events.STARTED, 7)
-    def decorated(number):
-        got.append(number)
-
-    engine.run(range(1))
-    assert got == [(True, 1, 2), (3, 4), (), 7, (2, {"c": 6})]
-
-
-def test_a_handler_with_a_wrong_signature_is_an_error_at_once(engine):
-    with pytest.raises(ValueError, match=r"can't be called at STARTED: a handler takes \(engine\), this one takes \(a, b, c\)"):
-        engine.add_event_handler(Events.STARTED, lambda a, b, c: None)
-
-
-def test_handlers_run_in_the_order_of_addition(engine):
-    order = []
-    for number in range(4):
-        event = Events.EPOCH_STARTED if number % 2 else Events.EPOCH_STARTED(once=1)
-        engine.add_event_handler(event, lambda _, number=number: order.append(number))
-    engine.run(range(1))
-    assert order == [0, 1, 2, 3]
-
-
-def test_a_handler_added_in_the_run_is_heard_from_the_next_event_on(engine):
-    seen = []
-
-    @engine.on(Events.ITERATION_COMPLETED(once=2))
-    def add(engine):
-        engine.add_event_handler(Events.ITERATION_STARTED, lambda e: seen.append(e.state.iteration))
-
-    engine.run(range(4))
-    assert seen == [3, 4]
-
-
-def test_a_handler_that_removes_itself_runs_once(engine):
-    seen = []
-
-    def once(engine):
-        seen.append(engine.state.iteration)
-        engine.remove_event_handler(once, Events.ITERATION_COMPLETED)
-
-    engine.add_event_handler(Events.ITERATION_COMPLETED, once)
-    engine.run(range(3))
-    assert seen == [1]
-
-
-class Custom(EventEnum):
-    HALF = "half"
-    WHOLE = "whole"
-
-
-def test_events_of_ones_own_fire_with_their_clock(engine):
-    seen = []
-    engine.register_events(*Custom, event_to_attr={Custom.HALF: "halves"})
-    engine.state.halves = 0
-
-    @engine.on(Events.ITERATION_COMPLETED)
-    def fire(engine):
-        engine.state.halves += 1
-        engine.fire_event(Custom.HALF)
-
-    engine.add_event_handler(Custom.HALF(every=2), lambda e: seen.append(e.state.halves))
-    engine.run(range(4))
-    assert seen == [2, 4]
-
-
-def test_a_text_event_of_ones_own_fires(engine):
-    seen = []
-    engine.register_events("tick")
-    engine.add_event_handler("tick", lambda e: seen.append(e.state.iteration))
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: e.fire_event("tick"))
-    engine.run(range(2))
-    assert seen == [1, 2]
-
-
-def test_an_unknown_event_is_an_error(engine):
-    with pytest.raises(ValueError, match="is not a valid event"):
-        engine.add_event_handler("nothing", print)
-    with pytest.raises(ValueError, match="is not a valid event"):
-        engine.fire_event(Custom.WHOLE)
-
-
-def test_a_place_beats_the_order_of_addition(engine):
-    order = []
-    engine.add_event_handler_at(10, Events.STARTED, lambda: order.append("late"))
-    engine.add_event_handler(Events.STARTED, lambda: order.append("first user"))
-    engine.add_event_handler_at(-10, Events.STARTED(lambda engine, event: True), lambda: order.append("early"))
-    engine.add_event_handler(Events.STARTED, lambda: order.append("second user"))
-    engine.run(range(1))
-    assert order == ["early", "first user", "second user", "late"]
-
-
-def test_an_event_list_keeps_its_place_at_each_event(engine):
-    order = []
-    engine.add_event_handler_at(10, Events.STARTED | Events.COMPLETED, lambda: order.append("late"))
-    engine.add_event_handler(Events.STARTED | Events.COMPLETED, lambda: order.append("user"))
-    engine.run(range(1))
-    assert order == ["user", "late"] * 2
-
-
-def test_times_are_there_for_handlers(engine):
-    times = []
-    engine.add_event_handler(Events.EPOCH_COMPLETED | Events.COMPLETED, lambda e: times.append(dict(e.state.times)))
-    engine.run(range(2))
-    assert times[0]["EPOCH_COMPLETED"] > 0
-    assert times[1]["COMPLETED"] >= times[0]["EPOCH_COMPLETED"]
-
-
-def test_ignites_basic_profiler_works(engine):
-    profiler = BasicTimeProfiler()
-    profiler.attach(engine)
-    engine.add_event_handler(Events.ITERATION_STARTED, lambda: sum(range(1000)))
-    engine.run(range(3), max_epochs=2)
-    results = profiler.get_results()
-    assert results["processing_stats"]["total"] > 0
-    assert results["event_handlers_stats"]["ITERATION_STARTED"]["total"] > 0
-    assert profiler.processing_times.numel() == 6
-    assert (profiler.dataflow_times > 0).all()
-
-
-def test_ignites_handlers_profiler_works(engine):
-    def busy(engine):
-        sum(range(1000))
-
-    profiler = HandlersTimeProfiler()
-    profiler.attach(engine)
-    engine.add_event_handler(Events.ITERATION_STARTED, busy)
-    engine.run(range(3), max_epochs=2)
-    results = {row[0]: row for row in profiler.get_results()}
-    name = next(name for name in results if "busy" in name)
-    assert results[name][1] == "ITERATION_STARTED"
-    assert results[name][2] > 0
 
 
 WRONG = {

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import nn
+from torch.nn.functional import mse_loss
+from toys import batches, linear, same, sgd, trainer_of, weights
+from training_loops import hand_losses
 
-from camshaft import Events, GradientClipping, LRScheduling, MixedPrecision, Phase, StepEvents, Trainer
-from camshaft.handlers import GradientAccumulation
+from camshaft import (
+    GradientAccumulation,
+    GradientClipping,
+    LRHistory,
+    LRScheduling,
+    MixedPrecision,
+    Phase,
+    StepEvents,
+    Trainer,
+)
 
 
 def network() -> nn.Linear:
@@ -231,3 +243,96 @@ def test_a_layer_that_a_network_gains_gets_no_gradient_in_the_others_turn():
     trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(phase="body"), lambda: grads.append(judge[-1].weight.grad))
     trainer.run([torch.ones(3, 2)] * 2, max_epochs=2)
     assert grads == [None] * 4
+
+
+def two_phases(interval=1, **second_options):
+    first, second = linear(), linear()
+
+    def objective(model):
+        return lambda engine, batch: mse_loss(model(batch[0]), batch[1])
+
+    return Trainer(
+        [
+            Phase("first", first, sgd(first), objective(first)),
+            Phase("second", second, sgd(second), objective(second), interval=interval, **second_options),
+        ]
+    )
+
+
+def test_two_phases_train_each_like_a_loop_of_its_own():
+    trainer = two_phases(interval=2)
+    trainer.run(batches(5))
+    data = batches(5)
+    assert same(weights(trainer.phases["first"].module), weights(hand_losses(data)[1]))
+    assert same(weights(trainer.phases["second"].module), weights(hand_losses([data[1], data[3]])[1]))
+    assert trainer.phases["first"].optimizer_step == 5
+    assert trainer.phases["second"].optimizer_step == trainer.state.optimizer_step == 2
+
+
+def test_handlers_of_one_phase_leave_the_other_alone():
+    trainer = two_phases()
+    GradientClipping(1e-3, phase="first").attach(trainer)
+    norms = {}
+    trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda e: norms.update({e.state.phase: e.state.grad_norm}))
+    trainer.run(batches(1))
+    assert float(norms["first"]) > 1e-3
+    assert norms["second"] is None
+
+
+def test_the_history_of_two_phases_has_their_names():
+    trainer = two_phases(interval=2)
+    history = LRHistory().attach(trainer)
+    trainer.run(batches(4))
+    assert {name: [step for step, _ in points] for name, points in history.history.items()} == {
+        "first/lr": [1, 2, 3, 4],
+        "second/lr": [1, 2],
+    }
+
+
+def test_accumulation_in_the_first_phase_alone():
+    trainer = two_phases()
+    GradientAccumulation(2, phase="first").attach(trainer)
+    trainer.run(batches(4))
+    assert [phase.optimizer_step for phase in trainer.phases.values()] == [2, 2]
+    assert [phase.forward_passes for phase in trainer.phases.values()] == [4, 2]
+
+
+def test_frozen_modules_of_a_phase_get_no_gradient_and_train_again_afterwards():
+    critic, maker = linear(), linear()
+    seen = []
+
+    def judged(engine, batch):
+        seen.append(critic.weight.requires_grad)
+        return critic(maker(batch[0]).repeat(1, 2)[:, :3]).mean()
+
+    phases = [
+        Phase("critic", critic, sgd(critic), lambda engine, batch: mse_loss(critic(batch[0]), batch[1])),
+        Phase("maker", maker, sgd(maker), judged, frozen=[critic]),
+    ]
+    Trainer(phases).run(batches(2))
+    assert seen == [False, False]
+    assert critic.weight.requires_grad
+
+
+def wrong_phases():
+    model = linear()
+    phase = Phase("a", model, sgd(model), lambda engine, batch: None)
+    other = linear()
+    return {
+        "none": ([], TypeError, "at least one Phase"),
+        "no phase": ([model], TypeError, "at least one Phase"),
+        "one name": ([phase, Phase("a", other, sgd(other), print)], ValueError, r"name of its own, got \['a', 'a'\]"),
+        "shared": ([phase, Phase("b", model, sgd(model), print)], ValueError, "'a' and 'b' hold the same parameters"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_phases())
+def test_phases_that_make_no_trainer_are_an_error(name):
+    phases, error, text = wrong_phases()[name]
+    with pytest.raises(error, match=text):
+        Trainer(phases)
+
+
+def test_a_handler_for_an_unknown_phase_is_an_error():
+    with pytest.raises(ValueError, match=r"phase must be one of \['model'\], got 'critic'"):
+        GradientClipping(1.0, phase="critic").attach(trainer_of())

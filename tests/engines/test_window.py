@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch.nn.functional import mse_loss
-from toys import batches, linear, same, sgd, trainer_of, weights
+from toys import batches, linear, model_of, same, sgd, trainer_of, weights
 
-from camshaft import Events, GradientAccumulation, StepEvents
+from camshaft import (
+    GradientAccumulation,
+    StepEvents,
+)
 from camshaft.engines.window import Window
 
 INFINITE = float("inf")
@@ -182,9 +186,6 @@ def test_state_of_an_open_window_comes_back():
     assert (after.batches, after.divisor()) == (before.batches, before.divisor()) == (4, 11)
 
 
-# -- on an engine -----------------------------------------------------------------------------------------------------
-
-
 def steps_of(trainer, data, **limits):
     """The iterations after which the optimizer made a step."""
     made = []
@@ -270,3 +271,91 @@ def test_gradients_of_parameters_that_get_none_stay_away():
     trainer_of(model, accumulation_steps=2, loss_weight="samples").run(batches())
     assert model.unused.grad is None
     assert same([model.unused.detach()], [before])
+
+
+def gradient_sum(model, data):
+    """The mean loss's gradient over some batches, by hand."""
+    twin = linear()
+    twin.load_state_dict(model.state_dict())
+    loss = sum(mse_loss(twin(x), y) for x, y in data) / len(data)
+    loss.backward()
+    return twin.weight.grad
+
+
+def cut(trainer, how):
+    """Runs six batches in windows of four, with something that cuts the first window after two."""
+    ends = {
+        "terminate_epoch": lambda: trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch()),
+        "terminate": lambda: trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate()),
+    }
+    ends.get(how, lambda: None)()
+    return trainer.run(batches(6), max_iters=2) if how == "max_iters" else trainer.run(batches(6))
+
+
+@pytest.mark.parametrize("how", ["terminate_epoch", "max_iters"])
+def test_a_window_cut_short_steps_on_its_true_mean(how):
+    trainer, gradients = trainer_of(accumulation_steps=4), []
+    model = model_of(trainer)
+    trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda: gradients.append(model.weight.grad.clone()))
+    expected = gradient_sum(model, batches(6)[:2])
+    cut(trainer, how)
+    assert trainer.state.optimizer_step == 1
+    torch.testing.assert_close(gradients[0], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_terminate_epoch_drops_the_window_where_partial_windows_are_dropped():
+    trainer = trainer_of(accumulation_steps=4, partial_window="drop")
+    before = weights(model_of(trainer))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch())
+    with pytest.raises(RuntimeError, match="without one optimizer step"):
+        trainer.run(batches(6))
+    assert same(weights(model_of(trainer)), before)
+    assert not trainer.window_is_open
+
+
+def test_terminate_leaves_the_window_open_and_makes_no_step():
+    trainer = trainer_of(accumulation_steps=4)
+    before = weights(model_of(trainer))
+    assert cut(trainer, "terminate").optimizer_step == 0
+    assert same(weights(model_of(trainer)), before)
+    assert trainer.window_is_open
+
+
+def test_an_exception_leaves_the_window_open_and_makes_no_step():
+    trainer = trainer_of(accumulation_steps=4)
+    before = weights(model_of(trainer))
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=2))
+    def fail(engine):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        trainer.run(batches(6))
+    assert same(weights(model_of(trainer)), before)
+    assert trainer.window_is_open
+
+
+def test_the_next_run_throws_an_open_window_away():
+    trainer, gradients = trainer_of(accumulation_steps=4), []
+    with trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate):
+        trainer.run(batches(6))
+    model = model_of(trainer)
+    trainer.add_event_handler(StepEvents.GRADIENTS_READY(once=1), lambda: gradients.append(model.weight.grad.clone()))
+    expected = gradient_sum(model, batches(4))
+    trainer.run(batches(4))
+    torch.testing.assert_close(gradients[0], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("step", [2, 4, 5]), ("drop", [2, 4])])
+def test_an_epochs_partial_window_follows_the_policy(policy, steps):
+    trainer, seen = trainer_of(accumulation_steps=2, partial_window=policy), []
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda e: seen.append(e.state.iteration))
+    trainer.run(batches(5))
+    assert seen == steps
+
+
+def test_a_window_never_crosses_an_epochs_end():
+    trainer, seen = trainer_of(accumulation_steps=4), []
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda e: seen.append(e.state.iteration))
+    trainer.run(batches(6), max_epochs=2)
+    assert seen == [4, 6, 10, 12]

@@ -200,3 +200,14 @@ def test_metrics_of_ignite_are_all_ranks_and_all_batches():
 def test_wrong_arguments_are_errors(make, text):
     with pytest.raises(TypeError, match=text):
         make()
+
+
+def test_evaluation_that_is_attached_to_its_own_evaluator():
+    evaluator = create_evaluator(linear())
+    with pytest.raises(ValueError, match=r"attach it to the trainer: Evaluation\(evaluator, data\)\.attach\(trainer\)"):
+        Evaluation(evaluator, batches()).attach(evaluator)
+
+
+def test_evaluation_data_that_can_be_passed_over_once():
+    with pytest.raises(TypeError, match="data must be batches that can be passed over again and again"):
+        Evaluation(create_evaluator(torch.nn.Linear(2, 1)), iter(batches(2)))

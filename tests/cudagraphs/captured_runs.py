@@ -1,26 +1,16 @@
 """Runs with and without graphs, and what could differ between them."""
 
-import pytest
 import torch
-from tapes import TapeRecorder
+from fake_graphs import TapeRecorder
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adagrad, Adam, AdamW
 from toys import same, weights
 
 from camshaft import Events, create_trainer
-from camshaft.cudagraphs import graphs as recordings
 
 RATE = 2.0**-5
 """A learning rate that is the same number in every floating type."""
-
-
-@pytest.fixture(autouse=True)
-def _taped(monkeypatch):
-    """Records on the CPU; a module's tests do so where it imports this."""
-    monkeypatch.setitem(recordings.CAPTURERS, "cpu", TapeRecorder)
-    monkeypatch.setattr(TapeRecorder, "made", 0)
-    monkeypatch.setattr(TapeRecorder, "replays", 0)
 
 
 def network():

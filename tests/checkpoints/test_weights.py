@@ -1,10 +1,17 @@
 """Weights alone, in a file that any torch.load reads."""
 
+from __future__ import annotations
+
 import pytest
 import torch
-from toys import batches, linear, model_of, same, trainer_of, weights
+from torch import nn
+from toys import batches, linear, model_of, same, sgd, trainer_of, weights
 
-from camshaft import CheckpointRotation, load_weights, save_weights
+from camshaft import (
+    CheckpointRotation,
+    load_weights,
+    save_weights,
+)
 
 
 def other():
@@ -116,3 +123,22 @@ def test_a_model_whose_own_names_begin_like_a_wrappers_keeps_them(tmp_path):
     torch.nn.init.zeros_(model.module.weight)
     load_weights(model, path)
     assert torch.equal(model.module.weight, linear().weight)
+
+
+def test_weights_of_another_model(tmp_path):
+    path = save_weights(linear(), tmp_path / "weights.pt")
+    with pytest.raises(
+        ValueError, match=r"weights\.pt was written for another model than this Linear: these have other shapes"
+    ):
+        load_weights(nn.Linear(3, 4), path)
+    with pytest.raises(RuntimeError, match=r"missing\.pt isn't there"):
+        load_weights(linear(), tmp_path / "missing.pt")
+
+
+def test_weights_that_lie_below(tmp_path):
+    model = linear()
+    content = {"epoch": 3, "optimizer": sgd(model).state_dict(), "model": nn.DataParallel(model).state_dict()}
+    torch.save(content, tmp_path / "epoch3.pt")
+    match = r"epoch3\.pt holds more .* lie under 'model'; load them by model\.load_state_dict\(torch\.load\('.*\)\['model'\]\)"
+    with pytest.raises(RuntimeError, match=match):
+        load_weights(model, tmp_path / "epoch3.pt")

@@ -1,35 +1,29 @@
 """What ``explain(speed=True)`` finds in a run, and that it leaves the run as it was. No test looks at how fast anything is."""
 
 import os
-import random
 import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
+from speed_runs import FIGURE, game, picture_data, picture_trainer, said
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toys import batches, linear, same, sgd, trainer_of, weights
+from torch.utils.data import DataLoader, IterableDataset
+from toys import batches, linear, sgd, trainer_of
 
-from camshaft import GradientPenalty, Phase, StepEvents, Trainer, create_gan_trainer, create_trainer
+from camshaft import GradientPenalty, Phase, StepEvents, Trainer, create_trainer
 from camshaft.reports.speed import about_data, about_kernel, is_quick_at_bf16
-from camshaft.reports.timing import MAX_ROUNDS, MIN_ROUNDS, Speedup, measured, paired, time_kernel
+from camshaft.reports.timing import time_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-FIGURE = r"measured \d+\.\d\d times as fast \(quartiles \d+\.\d\d to \d+\.\d\d\), \d+ us becomes \d+ us"
+
+
 CHANNELS_LAST = "model.to(memory_format=torch.channels_last)"
+
+
 needs_bf16 = pytest.mark.skipif(not is_quick_at_bf16(CPU), reason="the CPU has no instructions for bfloat16")
-
-
-def said(trainer):
-    """What is said of speed, without the cycle before it."""
-    cycle, _, speed = trainer.explain(speed=True).partition("\n\n")
-    assert cycle == trainer.explain()
-    return speed
 
 
 def sentence(word, text):
@@ -45,22 +39,6 @@ def taken(text):
 
 def words(advice):
     return [item.suggestion for item in advice if not item.enabled]
-
-
-def picture_data(number=12):
-    """Some small pictures and their classes."""
-    generator = torch.Generator().manual_seed(3)
-    return TensorDataset(torch.randn(number, 3, 6, 6, generator=generator), torch.randint(4, (number,), generator=generator))
-
-
-def picture_trainer(layer=nn.Conv2d, **options):
-    """A network in which every pass draws random numbers and moves statistics."""
-    torch.manual_seed(5)
-    model = nn.Sequential(layer(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(128, 4))
-    return create_trainer(model, torch.optim.AdamW(model.parameters()), nn.functional.cross_entropy, **options)
-
-
-# -- optimizers -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
@@ -154,9 +132,6 @@ def test_who_listens_to_every_optimizer_does_not_hear_of_copies():
     assert stepped == [1, 1]
 
 
-# -- networks ---------------------------------------------------------------------------------------------------------
-
-
 def test_channels_last_is_measured_on_the_last_batch():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4))
@@ -238,8 +213,6 @@ def test_a_wrapped_network_is_not_measured():
     assert "the network is wrapped (DataParallel)" in sentence(CHANNELS_LAST, said(trainer))
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
-
 UNKNOWN = "not known before the first run: the data, and what its loader could do"
 
 
@@ -304,9 +277,6 @@ def test_a_gpu_gets_no_advice_of_data_that_is_not_known():
     assert list(about_data(None, CUDA, non_blocking=True, epochs=None)) == []
 
 
-# -- the process ------------------------------------------------------------------------------------------------------
-
-
 def test_anomaly_detection_is_named():
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
         text = said(trainer_of())
@@ -321,16 +291,6 @@ def test_a_gpu_has_settings_of_its_own():
     trainer.run(DataLoader(picture_data(), 4))
     text = said(trainer)
     assert all(word in text for word in ("torch.backends.cudnn.benchmark = True", "pin_memory=True", "Prefetch"))
-
-
-# -- several phases ---------------------------------------------------------------------------------------------------
-
-
-def game(**options):
-    """A GAN of two linear networks."""
-    torch.manual_seed(2)
-    networks = nn.Linear(4, 2), nn.Linear(2, 1)
-    return create_gan_trainer(*networks, *(torch.optim.Adam(n.parameters()) for n in networks), latent=4, **options)
 
 
 def test_both_networks_of_a_gan_are_measured_by_name():
@@ -359,120 +319,6 @@ def test_phases_with_objectives_of_ones_own():
     trainer = Trainer([phase])
     trainer.run(batches(2))
     assert "torch.optim.SGD(..., fused=True)" in said(trainer)
-
-
-# -- nothing of the run changes ---------------------------------------------------------------------------------------
-
-
-def generators():
-    _, keys, *rest = np.random.get_state()
-    return random.getstate(), (keys.tolist(), *rest), torch.get_rng_state().tolist()
-
-
-def everything(trainer):
-    """All that a run leaves: weights, gradients, optimizer states, clocks and generators."""
-    states, clocks = [], []
-    for phase in trainer.phases.values():
-        states += weights(phase.module) + [p.grad.clone() for p in phase.parameters() if p.grad is not None]
-        for optimizer in phase.optimizers:
-            states += [value.clone() for state in optimizer.state.values() for value in state.values()]
-        clocks.append((phase.optimizer_step, phase.skipped_steps, phase.forward_passes, phase.window.batches))
-    return states, (clocks, trainer.state.iteration, trainer.state.epoch), generators()
-
-
-def assert_unchanged(before, after):
-    assert same(before[0], after[0])
-    assert before[1:] == after[1:]
-
-
-def run_seeded(trainer, data):
-    torch.manual_seed(11)
-    trainer.run(data, max_epochs=2)
-    return everything(trainer)
-
-
-MOMENTS = (
-    Events.STARTED,
-    Events.GET_BATCH_COMPLETED(once=2),
-    StepEvents.FORWARD_COMPLETED(once=2),
-    StepEvents.BACKWARD_COMPLETED(once=3),
-    StepEvents.GRADIENTS_READY(once=1),
-    StepEvents.OPTIMIZER_STEP_COMPLETED(once=2),
-    Events.EPOCH_COMPLETED(once=1),
-)
-
-
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.name)
-def test_a_run_that_is_explained_ends_as_one_that_is_not(moment):
-    explained, data = picture_trainer(accumulation_steps=2), DataLoader(picture_data(), 4, shuffle=True)
-    texts = []
-    explained.add_event_handler(moment, lambda engine: texts.append(said(engine)))
-    assert_unchanged(run_seeded(picture_trainer(accumulation_steps=2), data), run_seeded(explained, data))
-    assert len(texts) == 1
-
-
-@pytest.mark.parametrize(
-    "moment", [StepEvents.GRADIENTS_READY(once=2), StepEvents.BACKWARD_STARTED(once=2)], ids=lambda moment: moment.name
-)
-def test_a_gan_that_is_explained_ends_as_one_that_is_not(moment):
-    data, explained = [torch.randn(3, 2) for _ in range(3)], game(penalty=GradientPenalty())
-    explained.add_event_handler(moment, lambda engine: said(engine))
-    assert_unchanged(run_seeded(game(penalty=GradientPenalty()), data), run_seeded(explained, data))
-
-
-def test_nothing_is_changed_after_a_run():
-    trainer = picture_trainer()
-    trainer.run(DataLoader(picture_data(), 4, shuffle=True))
-    before, x = everything(trainer), trainer.state.x.clone()
-    said(trainer)
-    assert_unchanged(before, everything(trainer))
-    assert torch.equal(trainer.state.x, x)
-
-
-def test_nothing_is_changed_before_a_run():
-    trainer = picture_trainer()
-    before = everything(trainer)
-    said(trainer)
-    assert_unchanged(before, everything(trainer))
-
-
-def test_it_can_be_asked_in_inference_mode():
-    trainer = picture_trainer()
-    trainer.run(DataLoader(picture_data(), 4))
-    with torch.inference_mode():
-        text = said(trainer)
-    assert len(re.findall(FIGURE, text)) >= 2
-
-
-# -- the measurement --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("quartiles", "worth"),
-    [((1.2, 1.5, 1.9), True), ((0.9, 1.5, 1.9), False), ((1.01, 1.02, 1.03), False), ((0.4, 0.5, 0.6), False)],
-)
-def test_a_gain_within_the_noise_is_none(quartiles, worth):
-    assert Speedup(*quartiles, before=2e-4, after=1e-4).is_worth_it is worth
-
-
-def test_a_gain_as_text():
-    text = str(Speedup(1.5, 2.0, 2.25, before=2e-4, after=1e-4))
-    assert text == "measured 2.00 times as fast (quartiles 1.50 to 2.25), 200 us becomes 100 us"
-
-
-def test_both_ways_are_called_as_often_and_in_turns():
-    calls = []
-    paired(lambda: calls.append("yours"), lambda: calls.append("other"), CPU)
-    pairs = [tuple(calls[at : at + 2]) for at in range(0, len(calls), 2)]
-    assert MIN_ROUNDS + 2 <= len(pairs) <= MAX_ROUNDS + 2
-    assert set(pairs[2:]) == {("yours", "other"), ("other", "yours")}
-
-
-def test_what_fails_on_copies_is_said_in_a_line():
-    def fail():
-        raise RuntimeError("the first line\nthe second line")
-
-    assert measured(fail) == "not measured: RuntimeError: the first line"
 
 
 TWO = """

@@ -1,0 +1,145 @@
+"""``capture=True``: the same numbers as without, bit for bit, whatever listens; and an error where a graph would lie.
+
+Graphs are recorded by a stand-in that treats memory as CUDA's do (``fake_graphs.py``); what needs a device is in ``tests/gpu``.
+"""
+
+import pytest
+import torch
+from captured_runs import OPTIMIZERS, RATE, assert_same, network, pairs, run
+from fake_graphs import TapeRecorder
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Adagrad, AdamW
+from toys import batches, linear, same, trainer_of, weights
+
+from camshaft import (
+    CheckpointRotation,
+    Events,
+    create_trainer,
+    seed_everything,
+)
+from camshaft.testing import assert_resumes_exactly
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_optimizers(optimizer, clip):
+    graphs = 1 + (clip is not None) + (optimizer != "Adagrad")
+    assert_same(graphs, optimizer=optimizer, clip_grad_norm=clip)
+
+
+@pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
+@pytest.mark.parametrize(("steps", "partial", "graphs"), [(1, "step", 2), (2, "step", 4), (3, "step", 4), (3, "drop", 3)])
+def test_windows_and_precisions(amp, steps, partial, graphs):
+    """A first and a later batch of a window are recorded apart, and so is the last window of an epoch, if it is shorter."""
+    assert_same(graphs, amp=amp, accumulation_steps=steps, partial_window=partial)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_last_batch_that_is_smaller(steps):
+    assert_same({1: 3, 2: 4, 3: 5}[steps], accumulation_steps=steps, data=pairs((6, 6, 6, 6, 4)), epochs=8)
+
+
+def test_a_shape_that_comes_too_seldom_runs_without_a_graph():
+    assert_same(2, data=pairs((6, 6, 6, 6, 4)), epochs=3)
+    assert TapeRecorder.replays == (12 - 3) + (15 - 3)
+
+
+@pytest.mark.parametrize("weight", ["samples", lambda batch: batch[0].abs().sum(), lambda batch: 2.0 * len(batch[0])])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_weights_of_batches(weight, steps):
+    data = pairs((6, 6, 6, 4, 6))
+    expected, found = (run(capture, loss_weight=weight, accumulation_steps=steps, data=data) for capture in (False, True))
+    assert same(expected, found)
+    assert TapeRecorder.made > 1
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "SGD fused", "AdamW fused"])
+@pytest.mark.parametrize("every", ["step", "epoch"])
+@pytest.mark.filterwarnings("ignore:capture=True. the optimizer step .* more than 16 input signatures")
+def test_schedules(optimizer, every):
+    """A rate that is read on the device is recorded once, another one anew when it has come often enough."""
+    halving = lambda made: torch.optim.lr_scheduler.ExponentialLR(made, 0.5)  # noqa: E731
+    graphs = 2 if optimizer != "SGD" else {"step": 1, "epoch": 7}[every]
+    assert_same(graphs, optimizer=optimizer, scheduler=halving, schedule_every=every)
+
+
+def test_a_rate_that_is_a_tensor_already():
+    def prepare(trainer):
+        trainer.primary.optimizers[0].param_groups[0]["lr"] = torch.tensor(RATE)
+
+    assert_same(2, prepare=prepare)
+
+
+def test_an_objective_of_ones_own_with_named_losses():
+    def compute_loss(model, batch):
+        fit = cross_entropy(model(batch["x"]), batch["y"])
+        size = sum(p.square().sum() for p in model.parameters())
+        return {"loss": fit + 0.125 * size, "fit": fit, "size": size}
+
+    assert_same(2, loss_fn=None, compute_loss=compute_loss, data=[{"x": x, "y": y} for x, y in pairs()])
+
+
+def test_against_the_loop_by_hand():
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=torch.tensor(0.001), fused=True)
+    torch.manual_seed(3)
+    for _ in range(6):
+        for x, y in pairs():
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    captured = network()
+    made = AdamW(captured.parameters(), lr=0.001, fused=True, capturable=True)
+    torch.manual_seed(3)
+    create_trainer(captured, made, cross_entropy, capture=True, clip_grad_norm=0.5).run(pairs(), max_epochs=6)
+    assert same(weights(model), weights(captured))
+    assert made.param_groups[0]["lr"] == 0.001
+
+
+def test_what_was_kept_of_an_iteration_stays_as_it_was():
+    losses, outputs = [], []
+    trainer = trainer_of(capture=True, optimizer=None)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def keep(engine):
+        losses.append((engine.state.loss, float(engine.state.loss)))
+        outputs.append((engine.state.y_pred, engine.state.y_pred.clone()))
+
+    trainer.run(batches(8), max_epochs=2)
+    assert [float(loss) for loss, _ in losses] == [value for _, value in losses]
+    assert len({value for _, value in losses}) == 16
+    assert all(torch.equal(output, copy) for output, copy in outputs)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("amp", [None, "fp16"])
+def test_a_resumed_run_is_the_same_bit_for_bit(steps, amp):
+    def make_run(folder):
+        seed_everything(0)
+        model = network()
+        made = AdamW(model.parameters(), lr=0.01, fused=True, capturable=True)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(made, 30)
+        trainer = create_trainer(
+            model, made, cross_entropy, capture=True, amp=amp, accumulation_steps=steps, clip_grad_norm=0.5, scheduler=cosine
+        )
+        CheckpointRotation(folder).attach(trainer)
+        return trainer, lambda: trainer.run(pairs(), max_epochs=4)
+
+    assert_resumes_exactly(make_run, stops=[1, 3, 4, 5, 7, 8, 12, 20, 27])
+    assert TapeRecorder.made > 0
+
+
+def test_the_cycle_says_what_is_captured():
+    model = linear()
+    assert "SGD, as CUDA graphs\n" in trainer_of(capture=True).explain()
+    assert (
+        "as CUDA graphs (except the optimizer step)" in trainer_of(model, Adagrad(model.parameters()), capture=True).explain()
+    )
+    assert "graph" not in trainer_of().explain()
+
+
+def test_what_would_make_a_run_faster_names_it():
+    assert "create_trainer(..., capture=True)\n      each operation of a step" in trainer_of().explain(speed=True)
+    assert "create_trainer(..., capture=True)" in trainer_of(capture=True).explain(speed=True).split("taken already:")[1]

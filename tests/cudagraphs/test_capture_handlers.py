@@ -1,0 +1,220 @@
+"""Handlers, hooks and clipping with `capture=True`."""
+
+import pytest
+import torch
+from captured_runs import RATE, assert_same, network, pairs, run
+from fake_graphs import TapeRecorder
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+from toys import batches, same, trainer_of, weights
+
+from camshaft import (
+    Events,
+    ExponentialMovingAverage,
+    FreezeParameters,
+    GradientClipping,
+    NonFiniteGuard,
+    StepEvents,
+    TensorBoard,
+    create_trainer,
+)
+
+
+def test_the_events_outside_fire_in_their_order():
+    def cycle(capture):
+        trainer = trainer_of(capture=capture, accumulation_steps=2)
+        fired = []
+        for event in StepEvents:
+            if event.name not in ("FORWARD_COMPLETED", "BACKWARD_STARTED"):
+                trainer.add_event_handler(event, lambda engine, e=event: fired.append((e.name, engine.state.optimizer_step)))
+        trainer.run(batches(5), max_epochs=4)
+        return fired
+
+    assert cycle(True) == cycle(False)
+    assert TapeRecorder.made > 0
+
+
+def halve_in_place(trainer):
+    for parameter in trainer.primary.parameters():
+        parameter.grad.mul_(0.5)
+
+
+def halve(trainer):
+    for parameter in trainer.primary.parameters():
+        parameter.grad = parameter.grad * 0.5
+
+
+def drop_biases(trainer):
+    for parameter in trainer.primary.parameters():
+        if parameter.dim() == 1:
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("change", [halve_in_place, halve, drop_biases])
+@pytest.mark.parametrize("moment", ["BACKWARD_COMPLETED", "GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZER_STEP_STARTED"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_what_a_handler_does_to_the_gradients_counts(change, moment, steps):
+    def prepare(trainer):
+        @trainer.on(StepEvents[moment](every=3))
+        def changes(engine):
+            change(engine)
+
+    options = {"prepare": prepare, "clip_grad_norm": 0.5, "accumulation_steps": steps, "optimizer": "SGD"}
+    expected, found = (run(capture, **options) for capture in (False, True))
+    assert same(expected, found)
+    assert TapeRecorder.made >= 3
+
+
+def test_handlers_of_the_package(tmp_path):
+    averages = []
+
+    def prepare(trainer):
+        NonFiniteGuard("skip").attach(trainer)
+        TensorBoard(tmp_path / str(len(averages)), every=2).attach(trainer)
+        averages.append(ExponentialMovingAverage(0.5).attach(trainer))
+
+    assert_same(5, prepare=prepare, accumulation_steps=2, clip_grad_norm=0.5, clip_grad_value=0.125)
+    assert same(*(weights(average.module) for average in averages))
+
+
+def test_a_non_finite_gradient_is_refused_and_forgotten():
+    data = pairs()
+    data[5][0][0] = float("nan")
+    trainers = []
+
+    def prepare(trainer):
+        NonFiniteGuard("skip").attach(trainer)
+        trainers.append(trainer)
+        for part in trainer.primary.module:  # a running mean would keep the NaN
+            part.track_running_stats = False
+
+    expected, found = (run(capture, prepare=prepare, data=data) for capture in (False, True))
+    finite = [[torch.nan_to_num(value) for value in values] for values in (expected, found)]
+    assert same(*finite)
+    assert [trainer.state.skipped_steps for trainer in trainers] == [6, 6]
+    assert TapeRecorder.made == 2
+
+
+@pytest.mark.parametrize("until", [{"until_step": 17}, {"until_epoch": 4}])
+def test_parameters_that_train_later(until):
+    """The graphs that don't train them are thrown away then."""
+    prepare = lambda trainer: FreezeParameters("0.*", **until).attach(trainer)  # noqa: E731
+    assert_same(4, prepare=prepare)
+
+
+def test_a_hook_of_the_optimizer_is_called_at_each_step():
+    calls = []
+
+    def prepare(trainer):
+        trainer.primary.optimizers[0].register_step_post_hook(lambda *_: calls.append(1))
+
+    assert_same(1, prepare=prepare)
+    assert len(calls) == 2 * 6 * 7
+
+
+def test_batches_that_train_other_parameters():
+    """Graphs know the gradients of one set of parameters; a batch that trains another set runs without them."""
+
+    def compute_loss(model, batch):
+        x, y = batch
+        return cross_entropy(model(x), y) if len(x) == 6 else model[0](x).square().mean()
+
+    options = {"loss_fn": None, "compute_loss": compute_loss, "data": pairs((6, 6, 6, 6, 4)), "epochs": 9}
+    assert_same(3, **options)  # one that is thrown away
+
+
+def test_a_clipping_of_ones_own_is_called_at_each_step():
+    calls = []
+    prepare = lambda trainer: GradientClipping(function=lambda parameters: calls.append(1)).attach(trainer)  # noqa: E731
+    assert_same(3, prepare=prepare)
+    assert len(calls) == 2 * 6 * 7
+
+
+def weights_elsewhere(trainer):
+    for parameter in trainer.primary.parameters():
+        parameter.data = parameter.data * 0.75
+
+
+def gradients_elsewhere(trainer):
+    for parameter in trainer.primary.parameters():
+        parameter.grad.data = parameter.grad.data * 0.5
+
+
+def another_penalty(trainer):
+    sum(p.square().sum() for p in trainer.primary.parameters()).backward()
+
+
+BEFORE = ("ITERATION_STARTED", "FORWARD_STARTED", "BACKWARD_COMPLETED", "OPTIMIZER_STEP_COMPLETED", "ITERATION_COMPLETED")
+
+
+AFTER = ("BACKWARD_COMPLETED", "GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZER_STEP_STARTED")
+
+
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [(weights_elsewhere, moment) for moment in dict.fromkeys((*BEFORE, *AFTER))]
+    + [(gradients_elsewhere, moment) for moment in AFTER]
+    + [(another_penalty, moment) for moment in ("FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY")],
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_whatever_a_handler_puts_elsewhere_counts(change, moment, steps):
+    event = getattr(StepEvents, moment, None) or getattr(Events, moment)
+    prepare = lambda trainer: trainer.add_event_handler(event(every=9), change)  # noqa: E731
+    options = {"prepare": prepare, "accumulation_steps": steps, "clip_grad_norm": 0.5, "optimizer": "SGD"}
+    expected, found = (run(capture, **options) for capture in (False, True))
+    assert same(expected, found)
+    assert TapeRecorder.made > 2
+
+
+@pytest.mark.parametrize("moment", ["FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY", "ITERATION_COMPLETED"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_parameters_that_join_on_the_way(moment, steps):
+    def grows(trainer):
+        optimizer = trainer.primary.optimizers[0]
+        if len(optimizer.param_groups) == 1:
+            trainer.primary.module[0].requires_grad_(True)
+            optimizer.add_param_group({"params": [*trainer.primary.module[0].parameters()]})
+
+    def prepare(trainer):
+        trainer.add_event_handler((getattr(StepEvents, moment, None) or getattr(Events, moment))(once=17), grows)
+
+    def go(capture):
+        model = network()
+        model[0].requires_grad_(False)
+        made = SGD([*model[1].parameters(), *model[4].parameters()], lr=RATE, momentum=0.5)
+        trainer = create_trainer(model, made, cross_entropy, capture=capture, accumulation_steps=steps, clip_grad_norm=0.5)
+        prepare(trainer)
+        torch.manual_seed(3)
+        trainer.run(pairs(), max_epochs=6)
+        return weights(model)
+
+    assert same(go(False), go(True))
+    assert TapeRecorder.made > 2
+
+
+def test_a_part_that_is_unfrozen_and_that_nobody_trains():
+    model = network()
+    model[0].requires_grad_(False)
+    trainer = create_trainer(model, SGD(model[4].parameters(), lr=RATE), cross_entropy, capture=True)
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: model[0].requires_grad_(True))
+    model[1].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"also computes gradients of .*0\.weight.* which no optimizer of phase 'model' trains"
+    ):
+        trainer.run(pairs(), max_epochs=4)
+
+
+def test_an_optimizer_that_lets_go_of_its_gradients_in_its_own_way():
+    class Zeroes(SGD):
+        def zero_grad(self, set_to_none=False):
+            super().zero_grad(set_to_none=False)
+
+    def go(capture):
+        model = network()
+        trainer = create_trainer(model, Zeroes(model.parameters(), lr=RATE), cross_entropy, capture=capture)
+        torch.manual_seed(3)
+        trainer.run(pairs(), max_epochs=3)
+        return weights(model)
+
+    assert same(go(False), go(True))
+    assert TapeRecorder.made == 1  # the step of a class that isn't torch's runs as ever
