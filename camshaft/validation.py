@@ -22,6 +22,7 @@ __all__ = [
     "check_device",
     "check_no_class",
     "check_optimizers",
+    "check_optional_count",
     "check_prepare",
     "describe_type",
     "join_names",
@@ -84,6 +85,11 @@ def check_count(value: Any, argument: str, minimum: int = 1) -> int:
     if isinstance(value, (bool, np.bool_)) or number < minimum:
         raise ValueError(f"{argument} must be {allowed}, got {value!r}")
     return number
+
+
+def check_optional_count(value: Any, argument: str) -> int | None:
+    """``None``, or what :func:`check_count` returns."""
+    return None if value is None else check_count(value, argument)
 
 
 def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:

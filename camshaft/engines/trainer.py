@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events, State
+from ignite.engine import Engine, Events, EventsList, State
 from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
@@ -27,7 +27,8 @@ from camshaft.events import PhaseEvent, StepEvents
 from camshaft.handler import Handler
 from camshaft.optimizers import group_rates
 from camshaft.reports.explain import explain
-from camshaft.validation import check_count
+from camshaft.reports.speed import speed_report
+from camshaft.validation import check_optional_count
 
 __all__ = ["Trainer"]
 
@@ -105,9 +106,9 @@ class Trainer(LoopEngine):
             RuntimeError: if the run ends without one optimizer step made or skipped.
             ValueError: if a number is out of range, or the data is not that of the checkpoint.
         """
-        for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
-            if value is not None:
-                check_count(value, name)
+        max_epochs = check_optional_count(max_epochs, "max_epochs")
+        max_iters = check_optional_count(max_iters, "max_iters")
+        epoch_length = check_optional_count(epoch_length, "epoch_length")
         if world_size() > 1 and not self.coordinator.is_distributed:
             self.coordinator = RankCoordinator(self)
         status = self._next_status()
@@ -221,10 +222,6 @@ class Trainer(LoopEngine):
             flag: a boolean scalar tensor on any device; if it is true the step is skipped. All flags are read in one transfer,
                 together with the scaler's. With several processes each must call this; one true flag skips the step on all.
             then: called if the flag is true, before ``OPTIMIZER_STEP_SKIPPED``; may raise.
-
-        Example:
-            >>> def skip_spikes(engine):
-            ...     engine.skip_step_if(engine.state.grad_norm > 100)
         """
         self.phases[self.state.phase].skip_step_if(flag, then)
 
@@ -251,8 +248,8 @@ class Trainer(LoopEngine):
         """Describes the cycle as it will run: each event, its handlers in order, their filters and what they change.
 
         Args:
-            speed: adds suggestions that would make this run faster, with the speed-up if a few steps on copies can measure it.
-                This takes some seconds and changes nothing. Suggestions about the data need one earlier run.
+            speed: adds what would make this run faster, with the speed-up if a few steps on copies can measure it. This takes
+                some seconds and changes nothing. Suggestions about the data need one earlier run.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -263,19 +260,13 @@ class Trainer(LoopEngine):
             >>> "torch.optim.SGD(..., fused=True)" in trainer.explain(speed=True)
             True
         """
-        if not speed:
-            return explain(self)
-        from camshaft.reports.speed import speed_report  # imported here because it is rarely needed
-
-        return f"{explain(self)}\n\n{speed_report(self)}"
+        return f"{explain(self)}\n\n{speed_report(self)}" if speed else explain(self)
 
     def _check_event(self, event_name: Any) -> None:
         self.primary.execution.check_event(event_name)
-
-    def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Any) -> Callable[..., Any]:
-        if isinstance(event_name, PhaseEvent):
-            self.phases_named(event_name.phase)  # raises for a misspelled phase
-        return super()._handler_wrapper(handler, event_name, event_filter)
+        for event in event_name if isinstance(event_name, EventsList) else (event_name,):
+            if isinstance(event, PhaseEvent):
+                self.phases_named(event.phase)  # raises for a misspelled phase
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
