@@ -12,10 +12,10 @@ from camshaft import (
 )
 
 
-def test_a_later_or_does_not_change_a_handler_that_has_been_marked():
+def test_combining_events_later_does_not_change_a_decorated_method():
     events = Events.EPOCH_STARTED | Events.EPOCH_COMPLETED
 
-    class Marked(Handler):
+    class Decorated(Handler):
         def __init__(self):
             self.calls = 0
 
@@ -24,13 +24,13 @@ def test_a_later_or_does_not_change_a_handler_that_has_been_marked():
             self.calls += 1
 
     _ = events | Events.ITERATION_COMPLETED
-    handler, trainer = Marked(), trainer_of()
+    handler, trainer = Decorated(), trainer_of()
     handler.attach(trainer)
     trainer.run(batches(3))
     assert handler.calls == 2
 
 
-def test_a_later_or_does_not_change_an_evaluations_events():
+def test_combining_events_later_does_not_change_the_events_of_an_evaluation():
     events = Events.EPOCH_COMPLETED(every=2) | Events.EPOCH_STARTED(once=1)
     evaluator, trainer = scripted([1.0]), trainer_of()
     Evaluation(evaluator, [0], every=events).attach(trainer)
@@ -58,7 +58,7 @@ class Counter(Handler):
         self.epochs += 1
 
 
-def test_one_class_spans_many_events():
+def test_a_handler_can_listen_to_several_events():
     trainer = trainer_of()
     counter = Counter().attach(trainer)
     trainer.run(batches(3), max_epochs=3)
@@ -71,7 +71,7 @@ def test_attach_returns_the_handler_itself():
 
 
 @pytest.mark.parametrize("make", [trainer_of, lambda: Engine(lambda engine, batch: None)], ids=["trainer", "ignite"])
-def test_detach_takes_every_method_off(make):
+def test_detach_removes_every_method(make):
     class Everywhere(Handler):
         calls = 0
 
@@ -91,7 +91,7 @@ def test_detach_takes_every_method_off(make):
     assert handler.calls == 5
 
 
-def test_attached_detaches_after_an_exception_too():
+def test_attached_detaches_after_an_exception():
     trainer, counter = trainer_of(), Counter()
     with pytest.raises(KeyError, match="out"), counter.attached(trainer):
         raise KeyError("out")
@@ -99,13 +99,13 @@ def test_attached_detaches_after_an_exception_too():
     assert trainer.handlers == {}
 
 
-def test_detach_of_one_never_attached_does_nothing():
+def test_detaching_a_handler_that_was_never_attached_does_nothing():
     counter = Counter()
     counter.detach()
     assert counter.engine is None
 
 
-def test_a_detached_handler_can_be_attached_elsewhere():
+def test_a_detached_handler_can_be_attached_to_another_engine():
     first, second, counter = trainer_of(), trainer_of(), Counter()
     counter.attach(first).detach()
     counter.attach(second)
@@ -114,14 +114,14 @@ def test_a_detached_handler_can_be_attached_elsewhere():
     assert counter.steps == 2
 
 
-def test_attaching_twice_is_an_error():
+def test_attaching_twice_raises():
     trainer = trainer_of()
     counter = Counter().attach(trainer)
     with pytest.raises(RuntimeError, match=r"Counter is attached already; call detach\(\) first"):
         counter.attach(trainer_of())
 
 
-def test_a_name_clash_is_an_error_and_changes_nothing():
+def test_a_duplicate_name_raises_and_changes_nothing():
     trainer = trainer_of()
     Counter().attach(trainer)
     second = Counter()
@@ -131,7 +131,7 @@ def test_a_name_clash_is_an_error_and_changes_nothing():
     assert second.steps == 0
 
 
-def test_two_of_one_class_live_side_by_side_under_names():
+def test_two_handlers_of_one_class_can_be_attached_under_different_names():
     trainer = trainer_of()
     first, second = Counter().attach(trainer), Counter().attach(trainer, name="second")
     assert trainer.handlers == {"Counter": first, "second": second}
@@ -140,12 +140,12 @@ def test_two_of_one_class_live_side_by_side_under_names():
     assert (first.steps, second.steps) == (0, 3)
 
 
-def test_attaching_to_something_else_than_an_engine_is_an_error():
+def test_attaching_to_an_object_that_is_not_an_engine_raises():
     with pytest.raises(TypeError, match=r"Counter.attach\(\) needs an Ignite engine, got Linear"):
         Counter().attach(linear())
 
 
-def test_a_failing_attach_leaves_nothing_behind():
+def test_a_failed_attach_leaves_nothing_behind():
     class Failing(Counter):
         def on_attach(self, engine):
             raise ValueError("not today")
@@ -159,7 +159,7 @@ def test_a_failing_attach_leaves_nothing_behind():
     assert handler.steps == 0
 
 
-def test_a_subclass_that_overrides_a_method_keeps_its_events():
+def test_an_overridden_method_keeps_its_events():
     class Doubling(Counter):
         def step(self, engine):
             self.steps += 2
@@ -170,7 +170,7 @@ def test_a_subclass_that_overrides_a_method_keeps_its_events():
     assert (handler.steps, handler.epochs) == (6, 1)
 
 
-def test_a_subclass_that_marks_a_method_anew_has_the_new_events():
+def test_an_overridden_method_with_a_new_decorator_has_the_new_events():
     class Rare(Counter):
         @on(Events.COMPLETED)
         def step(self, engine):
@@ -182,7 +182,7 @@ def test_a_subclass_that_marks_a_method_anew_has_the_new_events():
     assert handler.steps == 1
 
 
-def test_a_method_may_leave_the_engine_out():
+def test_a_method_may_omit_the_engine_argument():
     class Brief(Handler):
         calls = 0
 
@@ -197,17 +197,17 @@ def test_a_method_may_leave_the_engine_out():
 
 
 @pytest.mark.parametrize("event", ["EPOCH_COMPLETED", 3, None, Counter])
-def test_on_something_else_than_an_event_is_an_error(event):
+def test_on_rejects_arguments_that_are_not_events(event):
     with pytest.raises(TypeError, match="expected an event such as Events.EPOCH_COMPLETED"):
         on(event)
 
 
-def test_on_nothing_is_an_error():
+def test_on_without_events_raises():
     with pytest.raises(TypeError, match=r"on\(\) needs at least one event"):
         on()
 
 
-def test_a_handler_attaches_to_any_ignite_engine_whose_events_it_uses():
+def test_a_handler_can_be_attached_to_any_ignite_engine_that_has_its_events():
     class Epochs(Handler):
         seen = ()
 
@@ -221,12 +221,12 @@ def test_a_handler_attaches_to_any_ignite_engine_whose_events_it_uses():
     assert handler.seen == (2, 4)
 
 
-def test_a_handler_of_step_events_on_a_plain_engine_is_an_error_that_names_the_event():
+def test_attaching_a_handler_of_step_events_to_a_plain_engine_names_the_event():
     with pytest.raises(ValueError, match=r"Counter runs on OPTIMIZER_STEP_COMPLETED.*create_trainer\(\)"):
         Counter().attach(Engine(lambda engine, batch: None))
 
 
-def test_a_handler_that_opens_at_no_event_is_an_error_that_shows_how():
+def test_a_handler_without_events_raises_and_shows_how_to_add_one():
     class Report(Handler):
         def report(self, engine):
             print(engine.state.epoch)
@@ -236,7 +236,7 @@ def test_a_handler_that_opens_at_no_event_is_an_error_that_shows_how():
 
 
 @pytest.mark.parametrize("names", [(), ("epochs",)], ids=["stateless", "with a state"])
-def test_a_handler_with_the_methods_of_a_keras_callback_is_sent_to_keras_style(names):
+def test_a_handler_with_methods_of_a_keras_callback_is_pointed_to_keras_style(names):
     class Epochs(Handler):
         saved = names
         epochs = 0
@@ -253,7 +253,7 @@ def test_a_handler_with_the_methods_of_a_keras_callback_is_sent_to_keras_style(n
     [{"on_attach": lambda self, engine: None}, {"listeners": lambda self: iter(())}, {"state_dict": lambda self: {"a": 1}}],
     ids=lambda body: next(iter(body)),
 )
-def test_a_handler_without_events_may_act_otherwise(body):
+def test_a_handler_without_events_may_define_other_hooks(body):
     handler = type("Quiet", (Handler,), body)()
     assert handler.attach(trainer_of()).name == "Quiet"
 
@@ -264,13 +264,13 @@ def test_a_handler_without_events_may_act_otherwise(body):
     [("weights", r"; write \('weights',\), with a comma"), (5, ", got 5"), ((Handler,), ", got .*Handler")],
     ids=["text", "number", "class"],
 )
-def test_names_of_a_handler_are_a_tuple(attribute, value, what):
+def test_saved_and_changes_must_be_tuples_of_names(attribute, value, what):
     handler = type("Wrong", (Counter,), {attribute: value})()
     with pytest.raises(TypeError, match=f"Wrong.{attribute} must be a tuple of names{what}"):
         handler.attach(trainer_of())
 
 
-def test_a_handler_changes_what_there_is():
+def test_changes_rejects_unknown_names():
     class Wrong(Counter):
         changes = ("weights", "gradient")
 
@@ -278,37 +278,39 @@ def test_a_handler_changes_what_there_is():
         Wrong().attach(trainer_of())
 
 
-TAKES = "can't be called at ITERATION_COMPLETED: a handler takes"
+SIGNATURE_ERROR = "can't be called at ITERATION_COMPLETED: a handler takes"
 
 
 @pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=2) | Events.COMPLETED])
-def test_a_function_that_wants_the_batch_too_is_told_where_it_is(event):
+def test_a_function_with_a_batch_argument_is_pointed_to_the_state(event):
     def look(engine, batch):
         print(batch)
 
-    with pytest.raises(ValueError, match=rf"look {TAKES} \(engine\), this one takes \(engine, batch\); the batch is"):
+    with pytest.raises(ValueError, match=rf"look {SIGNATURE_ERROR} \(engine\), this one takes \(engine, batch\); the batch is"):
         trainer_of().on(event)(look)
 
 
 @pytest.mark.parametrize("engine", [trainer_of, lambda: Engine(lambda engine, batch: None)], ids=["trainer", "Ignite's"])
-def test_a_method_that_wants_the_batch_too_is_told_where_it_is(engine):
+def test_a_method_with_a_batch_argument_is_pointed_to_the_state(engine):
     class Look(Handler):
         @on(Events.ITERATION_COMPLETED)
         def look(self, engine, batch):
             print(batch)
 
     engine = engine()
-    with pytest.raises(ValueError, match=rf"Look.look {TAKES} \(engine\), .*; the batch is engine.state.batch"):
+    with pytest.raises(ValueError, match=rf"Look.look {SIGNATURE_ERROR} \(engine\), .*; the batch is engine.state.batch"):
         Look().attach(engine)
     assert engine.handlers == {}
 
 
-def test_what_else_a_function_is_to_be_given_is_named():
-    with pytest.raises(ValueError, match=rf"<lambda> {TAKES} \(engine, 3, size=4\), this one takes \(engine, number\)"):
+def test_an_unknown_argument_of_a_function_is_named():
+    with pytest.raises(
+        ValueError, match=rf"<lambda> {SIGNATURE_ERROR} \(engine, 3, size=4\), this one takes \(engine, number\)"
+    ):
         trainer_of().add_event_handler(Events.ITERATION_COMPLETED, lambda engine, number: None, 3, size=4)
 
 
 @pytest.mark.parametrize("event", [Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH], ids=lambda event: event.name)
-def test_what_an_event_tells_is_named(event):
+def test_the_arguments_that_an_event_passes_are_named(event):
     with pytest.raises(ValueError, match=rf"at {event.name}: a handler takes \(engine, \w+\), this one takes \(a, b, c\)"):
         trainer_of().add_event_handler(event, lambda a, b, c: None)

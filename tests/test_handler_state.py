@@ -11,7 +11,7 @@ from camshaft import (
 
 
 class Holder(Handler):
-    """Holds whatever it is given."""
+    """A handler with one saved attribute."""
 
     saved = ("value",)
 
@@ -24,7 +24,7 @@ class Holder(Handler):
     [3, 2.5, "text", True, None, b"bytes", [1, [2, {"a": (3, None)}]], {"a": 1, 2: "b"}, (1, 2), {"t": torch.arange(3)}],
     ids=repr,
 )
-def test_saved_attributes_come_back(value, tmp_path):
+def test_saved_attributes_are_restored(value, tmp_path):
     trainer = trainer_of()
     Holder(value).attach(trainer)
     path = CheckpointRotation(tmp_path).attach(trainer).save()
@@ -38,7 +38,7 @@ def test_saved_attributes_come_back(value, tmp_path):
         assert type(holder.value) is type(value)
 
 
-def test_an_object_with_state_dict_is_saved_by_it(tmp_path):
+def test_an_attribute_with_a_state_dict_is_saved_with_it(tmp_path):
     trainer = trainer_of()
     holder = Holder(torch.nn.Linear(2, 2)).attach(trainer)
     path = CheckpointRotation(tmp_path).attach(trainer).save()
@@ -48,7 +48,7 @@ def test_an_object_with_state_dict_is_saved_by_it(tmp_path):
     assert torch.equal(other.value.weight, holder.value.weight)
 
 
-def test_state_travels_under_the_handlers_name(tmp_path):
+def test_state_is_saved_under_the_handlers_name(tmp_path):
     trainer = trainer_of()
     Holder(1).attach(trainer)
     Holder(2).attach(trainer, name="other")
@@ -60,13 +60,13 @@ def test_state_travels_under_the_handlers_name(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "where"), [(object(), "Holder.value"), ({"a": [lambda: 0]}, r"Holder.value\['a'\]\[0\]")])
-def test_what_a_checkpoint_can_not_carry_is_named(value, where):
+def test_an_attribute_that_cannot_be_saved_is_named(value, where):
     holder = Holder(value).attach(trainer_of())
     with pytest.raises(TypeError, match=f"{where} is a .*which a checkpoint can't carry safely"):
         holder.state_dict()
 
 
-def test_a_saved_attribute_that_is_not_set_is_named():
+def test_a_saved_attribute_that_does_not_exist_is_named():
     class Forgetful(Handler):
         saved = ("steps",)
 
@@ -74,11 +74,11 @@ def test_a_saved_attribute_that_is_not_set_is_named():
     handler = Forgetful().attach(trainer)
     with pytest.raises(AttributeError, match=r"Forgetful.saved names 'steps', which is not set .*set it in __init__"):
         trainer.checkpoint()
-    handler.steps = 3  # as a handler of STARTED might
+    handler.steps = 3  # as a handler of STARTED could do
     assert trainer.checkpoint()["handlers"]["Forgetful"] == {"steps": 3}
 
 
-def test_handlers_added_or_removed_since_are_one_warning_that_names_them(tmp_path):
+def test_handlers_added_or_removed_since_the_checkpoint_give_one_warning_that_names_them(tmp_path):
     trainer = trainer_of()
     Holder(1).attach(trainer, name="old")
     path = CheckpointRotation(tmp_path).attach(trainer).save()
@@ -91,7 +91,7 @@ def test_handlers_added_or_removed_since_are_one_warning_that_names_them(tmp_pat
     assert added.value == "mine"
 
 
-def resumed_without_its_holder(folder):
+def resumed_without_its_handler(folder):
     """A trainer resumed from a checkpoint that has the state of a handler named ``late``, which isn't attached."""
     trainer = trainer_of()
     Holder(1).attach(trainer, name="late")
@@ -102,14 +102,14 @@ def resumed_without_its_holder(folder):
 
 
 @pytest.mark.filterwarnings("ignore:resume. the handlers are not those")
-def test_a_handler_that_is_attached_after_the_resume_goes_on_all_the_same(tmp_path):
-    fresh = resumed_without_its_holder(tmp_path)
+def test_a_handler_attached_after_the_resume_is_restored(tmp_path):
+    fresh = resumed_without_its_handler(tmp_path)
     assert Holder("mine").attach(fresh, name="late").value == 1
     assert Holder("mine").attach(fresh, name="other").value == "mine"
 
 
 @pytest.mark.filterwarnings("ignore:resume. the handlers are not those")
-def test_what_nobody_claimed_before_the_run_is_forgotten(tmp_path):
-    fresh = resumed_without_its_holder(tmp_path)
+def test_unused_state_is_discarded_when_the_run_starts(tmp_path):
+    fresh = resumed_without_its_handler(tmp_path)
     fresh.run(batches(1))
     assert Holder("mine").attach(fresh, name="late").value == "mine"

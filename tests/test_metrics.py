@@ -38,7 +38,7 @@ NAN, INF = float("nan"), float("inf")
         (-INF, 1.0, "min", 0.0, False),
     ],
 )
-def test_better_is_strict_and_finite(score, best, mode, delta, expected):
+def test_better_is_strict_and_ignores_non_finite_scores(score, best, mode, delta, expected):
     assert better(score, best, mode, delta) is expected
 
 
@@ -52,7 +52,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_every_way_of_writing_a_metric_counts(name):
+def test_every_way_of_setting_a_metric_increments_its_counter(name):
     metrics = Metrics(a=0)
     before, version = metrics.writes["a"], metrics.version
     WRITES[name](metrics)
@@ -61,14 +61,14 @@ def test_every_way_of_writing_a_metric_counts(name):
     assert metrics.version == version + 1
 
 
-def test_a_recalled_metric_is_there_and_not_new():
+def test_a_restored_metric_does_not_count_as_new():
     metrics = Metrics()
     metrics.recall({"a": 1})
     assert metrics == {"a": 1}
     assert metrics.writes["a"] == 0
 
 
-def test_a_watch_sees_each_writing_once_even_of_the_same_value():
+def test_a_watch_reports_each_update_once_even_with_the_same_value():
     trainer = trainer_of()
     watch = MetricWatch("a", "Test")
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_a_watch_sees_each_writing_once_even_of_the_same_value():
         assert not watch.is_new(trainer)
 
 
-def test_a_watch_sees_metrics_that_are_replaced_as_a_whole():
+def test_a_watch_reports_a_replaced_metrics_dictionary():
     trainer = trainer_of()
     watch = MetricWatch("a", "Test")
     for value in (1.0, 2.0, 3.0):
@@ -88,17 +88,17 @@ def test_a_watch_sees_metrics_that_are_replaced_as_a_whole():
 
 
 @pytest.mark.parametrize("value", [2, 2.0, torch.tensor(2), torch.tensor([[2.0]]), np.float32(2), np.array(2)])
-def test_a_single_number_of_any_kind_is_one(value):
+def test_as_number_accepts_single_numbers_of_any_type(value):
     assert as_number(value, "score") == 2.0
 
 
 @pytest.mark.parametrize("value", [None, "high", torch.ones(2), [1.0], {}])
-def test_anything_else_is_an_error_that_shows_it(value):
+def test_as_number_rejects_other_values(value):
     with pytest.raises(TypeError, match="score must be a single number, got"):
         as_number(value, "score")
 
 
-def judges(folder, optimizer):
+def handlers_that_need_a_metric(folder, optimizer):
     return {
         "early stopping": EarlyStopping("val/acuracy"),
         "rotation": CheckpointRotation(folder, keep_best=1, metric="val/acuracy"),
@@ -108,11 +108,11 @@ def judges(folder, optimizer):
 
 @pytest.mark.parametrize("with_evaluation", [True, False])
 @pytest.mark.parametrize("kind", ["early stopping", "rotation", "schedule"])
-def test_metric_that_never_appears(kind, with_evaluation, tmp_path):
+def test_a_metric_that_is_never_set_raises_after_the_first_epoch(kind, with_evaluation, tmp_path):
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer)
-    judges(tmp_path, optimizer)[kind].attach(trainer)
+    handlers_that_need_a_metric(tmp_path, optimizer)[kind].attach(trainer)
     if with_evaluation:
         Evaluation(create_evaluator(model, {"loss": Loss(mse_loss)}), batches()).attach(trainer)
     known = "'val/loss'" if with_evaluation else "none"
@@ -121,7 +121,7 @@ def test_metric_that_never_appears(kind, with_evaluation, tmp_path):
     assert names_iteration(caught, 3)
 
 
-def test_a_metric_that_the_last_evaluation_did_not_bring_either():
+def test_a_metric_that_no_evaluation_sets_raises_at_the_end_of_the_run():
     trainer = trainer_of()
     evaluator = create_evaluator(trainer.primary.module, metrics={"l": Loss(torch.nn.functional.mse_loss)})
     Evaluation(evaluator, batches(1), every=Events.EPOCH_COMPLETED(every=5)).attach(trainer)

@@ -25,7 +25,7 @@ def wrapped(model):
     return torch.compile(torch.nn.DataParallel(model), backend="eager")
 
 
-def test_unwrapping_finds_the_model_inside():
+def test_unwrap_returns_the_wrapped_model():
     model = linear()
     assert unwrap(wrapped(model)) is model
     assert unwrap(model) is model
@@ -42,30 +42,30 @@ def test_unwrapping_finds_the_model_inside():
         ([], []),
     ],
 )
-def test_prefixes_that_all_keys_share_go(keys, expected):
+def test_wrapper_prefixes_shared_by_all_keys_are_removed(keys, expected):
     assert list(without_prefixes(dict.fromkeys(keys, 0))) == expected
 
 
-def test_a_prefix_that_belongs_to_the_model_stays():
+def test_a_prefix_of_the_model_itself_is_kept():
     assert list(strip_wrapper_prefixes({"module.a": 0}, {"module.a": 1})) == ["module.a"]
     assert list(strip_wrapper_prefixes({"module.a": 0}, {"a": 1})) == ["a"]
 
 
-def test_flags_come_back_however_the_block_is_left():
+def test_preserve_training_mode_restores_the_modes_after_an_exception():
     model = torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2))
     model[1].eval()
 
-    def disturb():
+    def change_and_fail():
         model.eval()
         model[1].train()
         raise KeyError("out")
 
     with pytest.raises(KeyError, match="out"), preserve_training_mode(model):
-        disturb()
+        change_and_fail()
     assert [part.training for part in model.modules()] == [True, True, False]
 
 
-def test_counting_counts_a_shared_parameter_once():
+def test_count_parameters_counts_a_shared_parameter_once():
     model = torch.nn.ModuleList([linear(), linear()])
     model[1].weight = model[0].weight
     model[1].bias.requires_grad_(False)
@@ -79,7 +79,7 @@ def two_layers():
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, wrapped], ids=["plain", "wrapped"])
-def test_freezing_goes_by_pattern_and_sees_through_wrappers(wrap):
+def test_freeze_and_unfreeze_match_patterns_inside_wrappers(wrap):
     model = two_layers()
     assert freeze(wrap(model), "encoder.*") == ["encoder.weight", "encoder.bias"]
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
@@ -87,7 +87,7 @@ def test_freezing_goes_by_pattern_and_sees_through_wrappers(wrap):
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
 
 
-def test_freezing_lets_go_of_the_gradient_so_that_weight_decay_moves_nothing():
+def test_freeze_clears_gradients_so_that_weight_decay_changes_nothing():
     model = two_layers()
     optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
     model(tensor(1, 3)).sum().backward()
@@ -106,7 +106,7 @@ def test_freezing_lets_go_of_the_gradient_so_that_weight_decay_moves_nothing():
         ([], "name at least one pattern"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_an_error_and_freezes_nothing(patterns, text):
+def test_freeze_with_an_unmatched_pattern_raises_and_freezes_nothing(patterns, text):
     model = two_layers()
     with pytest.raises(ValueError, match=text.replace("*", r"\*")):
         freeze(model, *patterns)
@@ -122,6 +122,6 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_freezes_nothing(patterns
     ],
     ids=["freeze", "unfreeze", "FreezeParameters"],
 )
-def test_pattern_that_matches_no_parameter(use):
+def test_an_unmatched_pattern_raises_everywhere(use):
     with pytest.raises(ValueError, match=r"'encoder\.\*' matches no parameter; the model has weight, bias"):
         use()

@@ -11,7 +11,7 @@ def two_layers():
     return torch.nn.Sequential(OrderedDict(encoder=torch.nn.Linear(3, 2), head=torch.nn.Linear(2, 1)))
 
 
-def test_rates_go_by_name_or_number():
+def test_learning_rates_are_labelled_by_group_name_or_index():
     model = two_layers()
     one = torch.optim.SGD(model.parameters(), lr=0.5)
     groups = [{"params": model.encoder.parameters(), "name": "body", "lr": 1}, {"params": model.head.parameters()}]

@@ -1,4 +1,4 @@
-"""Which precisions there are, what they make of forward, loss and gradient, and the scaler's life."""
+"""Mixed precision: dtypes, autocast, and the gradient scaler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = [("bf16", torch.bfloat16), ("fp16", torch.float16), *((dtype, dtype) for
 
 
 def small_batches(number=4):
-    """Without an overflow in half precision."""
+    """Small values, which do not overflow in half precision."""
     return [(0.1 * x, 0.1 * y) for x, y in batches(number)]
 
 
@@ -27,39 +27,39 @@ def collect(trainer, event, what):
     return seen
 
 
-# -- the policy -------------------------------------------------------------------------------------------------------
+# -- precision_for -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)
-def test_dtype_of_a_precision(amp, dtype):
+def test_each_precision_has_a_dtype(amp, dtype):
     assert autocast_dtype(amp) is dtype
 
 
 @pytest.mark.parametrize("amp", ["fp8", "FP16", "float16", "", torch.float32, torch.float64, torch.int8, 16, True, ["fp16"]])
-def test_no_precision(amp):
+def test_full_precision_has_no_dtype_to_cast_to(amp):
     with pytest.raises(ValueError, match="amp must be None, 'bf16', 'fp16', torch.bfloat16 or torch.float16, got"):
         autocast_dtype(amp)
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)
-def test_autocast_of_a_precision(amp, dtype):
+def test_each_precision_has_an_autocast(amp, dtype):
     with precision_for(amp, CPU).autocast:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_no_autocast_in_full_precision():
+def test_full_precision_has_no_autocast():
     assert precision_for(None, CPU).dtype is None
 
 
 @pytest.mark.parametrize("amp", HALVES)
-def test_device_without_autocast(amp):
+def test_a_device_without_autocast_raises(amp):
     with pytest.raises(RuntimeError, match=f"amp='{amp}': there is no autocast on 'fpga' devices; use amp=None"):
         precision_for(amp, torch.device("fpga"))
 
 
 @pytest.mark.parametrize("amp", [None, "bf16", torch.bfloat16, "fp16", torch.float16])
-def test_scaler_exists_for_fp16_only(amp):
+def test_only_fp16_has_a_scaler(amp):
     phase = trainer_of(amp=amp).primary
     assert phase.precision.scaler.is_enabled() == (amp in ("fp16", torch.float16))
     assert (phase.precision.dtype is None) == (amp is None)
@@ -69,10 +69,10 @@ def test_scaler_exists_for_fp16_only(amp):
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)
-def test_forward_and_loss_are_in_autocast_and_backward_is_not(amp, dtype):
+def test_the_forward_pass_and_the_loss_run_under_autocast_and_the_backward_pass_does_not(amp, dtype):
     seen = []
 
-    class Watched(nn.Linear):
+    class Recording(nn.Linear):
         def forward(self, x):
             y_pred = super().forward(x)
             y_pred.register_hook(lambda grad: seen.append(("backward", torch.is_autocast_enabled("cpu"), grad.dtype)))
@@ -83,12 +83,12 @@ def test_forward_and_loss_are_in_autocast_and_backward_is_not(amp, dtype):
         seen.append(("loss", torch.is_autocast_enabled("cpu"), y_pred.dtype))
         return mse_loss(y_pred, y)
 
-    trainer_of(Watched(3, 2), loss_fn=loss_fn, amp=amp).run(small_batches(1))
+    trainer_of(Recording(3, 2), loss_fn=loss_fn, amp=amp).run(small_batches(1))
     assert seen == [("forward", True, dtype), ("loss", True, dtype), ("backward", False, dtype)]
 
 
 @pytest.mark.parametrize("amp", [None, *HALVES])
-def test_loss_is_computed_in_full_precision_where_autocast_says_so(amp):
+def test_autocast_computes_the_loss_in_full_precision(amp):
     trainer = trainer_of(amp=amp)
     dtypes = collect(trainer, StepEvents.FORWARD_COMPLETED, lambda e: (e.state.loss.dtype, e.state.y_pred.dtype))
     trainer.run(small_batches(1))
@@ -104,7 +104,7 @@ def test_no_event_fires_under_autocast(event):
 
 
 @pytest.mark.parametrize("amp", HALVES)
-def test_weights_and_gradients_stay_in_full_precision(amp):
+def test_weights_and_gradients_keep_full_precision(amp):
     model = linear()
     trainer = trainer_of(model, amp=amp)
     dtypes = collect(trainer, StepEvents.GRADIENTS_READY, lambda e: {p.grad.dtype for p in model.parameters()})
@@ -113,8 +113,8 @@ def test_weights_and_gradients_stay_in_full_precision(amp):
     assert model.weight.dtype is torch.float32
 
 
-def test_gradients_ready_are_unscaled():
-    """By hand: the scaler's power of two changes no bit of a gradient that doesn't overflow."""
+def test_gradients_are_unscaled_at_gradients_ready():
+    """Compared with a loop written by hand: scaling by a power of two changes no bit of a gradient, unless it overflows."""
     model, expected = linear(), linear()
     trainer = trainer_of(model, amp="fp16")
     grads = collect(trainer, StepEvents.GRADIENTS_READY, lambda e: model.weight.grad.clone())
@@ -126,7 +126,7 @@ def test_gradients_ready_are_unscaled():
 
 
 def test_small_gradients_survive_fp16():
-    """Without the scaler they would be flushed to zero."""
+    """Without the scaler, they would underflow to zero."""
     model, plain = linear(), linear()
     trainer = trainer_of(model, loss_fn=lambda y_pred, y: 1e-9 * mse_loss(y_pred, y), amp="fp16")
     grads = collect(trainer, StepEvents.GRADIENTS_READY, lambda e: model.weight.grad.abs().max())
@@ -141,7 +141,7 @@ def test_small_gradients_survive_fp16():
 # -- the scaler -------------------------------------------------------------------------------------------------------
 
 
-def test_scale_halves_when_a_step_is_refused_and_doubles_after_enough_good_ones():
+def test_the_scale_halves_after_a_skipped_step_and_doubles_after_enough_steps():
     model = linear()
     trainer = trainer_of(model, amp="fp16")
     trainer.primary.precision.scaler.set_growth_interval(3)
@@ -151,20 +151,20 @@ def test_scale_halves_when_a_step_is_refused_and_doubles_after_enough_good_ones(
     assert scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15, 2.0**16, 2.0**16]
 
 
-def test_scaler_is_updated_once_per_window():
+def test_the_scaler_is_updated_once_per_window():
     trainer = trainer_of(amp="fp16", accumulation_steps=2)
     trainer.run(small_batches(4))
     assert trainer.primary.precision.scaler.state_dict()["_growth_tracker"] == 2
 
 
-def test_dropped_window_leaves_the_scaler_as_it_was():
+def test_a_dropped_window_does_not_change_the_scaler():
     trainer = trainer_of(amp="fp16", accumulation_steps=3, partial_window="drop")
     trainer.run(small_batches(4), max_epochs=2)
     assert trainer.primary.precision.scaler.state_dict()["_growth_tracker"] == trainer.state.optimizer_step == 2
     assert trainer.primary.precision.scaler.get_scale() == 2.0**16
 
 
-def test_step_that_a_handler_refuses_lets_the_scaler_go_on():
+def test_the_scaler_continues_after_a_handler_skips_a_step():
     model = linear()
     before = weights(model)
     trainer = trainer_of(model, amp="fp16")
@@ -174,7 +174,7 @@ def test_step_that_a_handler_refuses_lets_the_scaler_go_on():
     assert same(weights(model), before)
 
 
-def test_parameter_without_a_gradient_is_nothing_to_the_scaler():
+def test_a_parameter_without_a_gradient_does_not_disturb_the_scaler():
     model = linear()
     model.unused = nn.Parameter(torch.ones(1))
     trainer = trainer_of(model, amp="fp16")
@@ -182,7 +182,7 @@ def test_parameter_without_a_gradient_is_nothing_to_the_scaler():
     assert model.unused.item() == 1.0
 
 
-def test_optimizer_without_any_gradient_steps_along():
+def test_an_optimizer_without_gradients_is_stepped_with_the_others():
     model = nn.ModuleDict({"used": linear(), "unused": nn.Linear(1, 1)})
     model.forward = model["used"].forward
     trainer = trainer_of(model, [sgd(model["used"]), sgd(model["unused"])], amp="fp16")
@@ -192,7 +192,7 @@ def test_optimizer_without_any_gradient_steps_along():
 # -- attaching and detaching ------------------------------------------------------------------------------------------
 
 
-def test_detaching_takes_precision_and_scaler_back():
+def test_detaching_restores_the_precision_and_removes_the_scaler():
     model, expected = linear(), linear()
     trainer = trainer_of(model)
     with MixedPrecision("fp16").attached(trainer):
@@ -203,7 +203,7 @@ def test_detaching_takes_precision_and_scaler_back():
     assert same(weights(model), weights(expected))
 
 
-def test_two_precisions_are_an_error():
+def test_attaching_two_precisions_raises():
     trainer = trainer_of(amp="bf16")
     with pytest.raises(ValueError, match="phase 'model' has a precision already"):
         MixedPrecision("fp16").attach(trainer, "second")
@@ -212,7 +212,7 @@ def test_two_precisions_are_an_error():
 
 
 @pytest.mark.parametrize(("amp", "dtype"), NAMES)
-def test_evaluator_in_mixed_precision(amp, dtype):
+def test_an_evaluator_supports_mixed_precision(amp, dtype):
     model = linear()
     evaluator = create_evaluator(model, amp=amp)
     evaluator.run(batches(1))

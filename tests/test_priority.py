@@ -21,22 +21,22 @@ from camshaft import (
 )
 
 
-def is_users(function):
-    """Whether a handler isn't one of the trainer's own functions."""
+def is_user_function(function):
+    """Whether a function is not one of the trainer's own."""
     return not getattr(function, "__module__", "").startswith("camshaft.")
 
 
-def order_at(trainer, event):
+def order_of(trainer, event):
     """The owners of an event's handlers, in the order in which they run."""
     entries = [getattr(entry[0], "handler", entry[0]) for entry in trainer._event_handlers[event]]
     owners = [getattr(function, "__self__", None) for function in entries]
-    shown = [owner for owner, function in zip(owners, entries, strict=True) if owner is not None or is_users(function)]
+    shown = [owner for owner, function in zip(owners, entries, strict=True) if owner is not None or is_user_function(function)]
     names = ["user" if owner is None else owner.name for owner in shown]
     return list(dict.fromkeys(names))
 
 
-def attachments(trainer, folder):
-    """Everything that shares a moment, as functions that attach it."""
+def functions_that_attach(trainer, folder):
+    """Functions that each attach a handler; all of the handlers share events."""
     optimizer = trainer.primary.optimizers[0]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     exponential = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -57,21 +57,21 @@ def attachments(trainer, folder):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_package_keeps_its_own_in_place_however_they_were_attached(seed, tmp_path):
+def test_the_order_of_handlers_does_not_depend_on_the_order_of_attachment(seed, tmp_path):
     trainer = trainer_of()
-    todo = attachments(trainer, tmp_path)
+    todo = functions_that_attach(trainer, tmp_path)
     for number in torch.randperm(len(todo), generator=torch.Generator().manual_seed(seed)).tolist():
         todo[number]()
-    at_step = [name for name in order_at(trainer, StepEvents.OPTIMIZER_STEP_COMPLETED) if name != "TensorBoard"]
-    at_epoch = [name for name in order_at(trainer, Events.EPOCH_COMPLETED) if name != "TensorBoard"]
-    assert order_at(trainer, StepEvents.GRADIENTS_READY) == ["user", "NonFiniteGuard", "GradientClipping"]
+    at_step = [name for name in order_of(trainer, StepEvents.OPTIMIZER_STEP_COMPLETED) if name != "TensorBoard"]
+    at_epoch = [name for name in order_of(trainer, Events.EPOCH_COMPLETED) if name != "TensorBoard"]
+    assert order_of(trainer, StepEvents.GRADIENTS_READY) == ["user", "NonFiniteGuard", "GradientClipping"]
     assert at_step == ["LRHistory", "ExponentialMovingAverage", "user", "schedule"]
     assert at_epoch == ["Evaluation/val", "plateau", "user", "EarlyStopping", "CheckpointRotation"]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_at_an_epochs_end_logging_comes_after_judging_and_before_saving(reverse, tmp_path):
-    """Seen from the run itself: what the log and the checkpoint hold is what the earlier ones of that moment left."""
+def test_logging_runs_after_early_stopping_and_before_saving_at_the_end_of_an_epoch(reverse, tmp_path):
+    """Checks the order during a run: the log and the checkpoint contain the results of the handlers before them."""
     trainer, order = trainer_of(), []
 
     def spy(cls, method):
@@ -96,17 +96,17 @@ def test_at_an_epochs_end_logging_comes_after_judging_and_before_saving(reverse,
     assert epoch[:5] == ["Evaluation", "user", "EarlyStopping", "TensorBoard", "CheckpointRotation"]
 
 
-def test_users_handlers_of_a_class_share_the_users_place_in_order_of_attachment():
+def test_user_handlers_run_with_user_functions_in_the_order_of_attachment():
     order = []
 
-    class Noted(Handler):
+    class Named(Handler):
         @on(StepEvents.GRADIENTS_READY)
         def note(self, engine):
             order.append(self.name)
 
     trainer = trainer_of(clip_grad_norm=1.0)
-    Noted().attach(trainer, "a")
+    Named().attach(trainer, "a")
     trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda e: order.append(e.state.grad_norm))
-    Noted().attach(trainer, "b")
+    Named().attach(trainer, "b")
     trainer.run(batches(1))
     assert order == ["a", None, "b"]

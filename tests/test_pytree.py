@@ -30,13 +30,13 @@ NESTS = {
     "dict": {"a": tensor(2), "b": {"c": tensor(3), "d": None}},
     "ordered dict": OrderedDict(a=tensor(2)),
     "dataclass": Sample(tensor(2), Sample(tensor(3))),
-    "nothing": None,
+    "none": None,
     "empty": (),
 }
 
 
 def structure(nest):
-    """A nest's types, with the tensors' sums."""
+    """The types of nested containers, with each tensor replaced by its sum."""
     if isinstance(nest, torch.Tensor):
         return float(nest.sum())
     if dataclasses.is_dataclass(nest):
@@ -49,33 +49,33 @@ def structure(nest):
 
 
 @pytest.mark.parametrize("name", NESTS)
-def test_mapping_keeps_the_structure_of_a_nest(name):
+def test_map_tensors_keeps_the_structure(name):
     assert structure(map_tensors(lambda t: t + 0, NESTS[name])) == structure(NESTS[name])
 
 
 @pytest.mark.parametrize("name", NESTS)
-def test_mapping_reaches_every_tensor(name):
+def test_map_tensors_applies_to_every_tensor(name):
     doubled = map_tensors(lambda t: t * 2, NESTS[name])
     assert [float(t.sum()) for t in tensors(doubled)] == [2 * float(t.sum()) for t in tensors(NESTS[name])]
 
 
-def test_a_tensor_that_is_on_the_device_is_not_copied():
+def test_a_tensor_already_on_the_device_is_not_copied():
     x = tensor(2)
     assert to_device(x, "cpu") is x
     assert to_device((x,), None)[0] is x
 
 
-def test_moving_reaches_every_tensor_of_a_nest():
+def test_to_device_moves_every_nested_tensor():
     moved = to_device(NESTS["dict"], "meta")
     assert [t.device.type for t in tensors(moved)] == ["meta", "meta"]
 
 
-def test_an_object_with_a_to_of_its_own_is_moved_by_it():
+def test_an_object_with_a_to_method_is_moved_by_calling_it():
     packed = torch.nn.utils.rnn.pack_sequence([tensor(3), tensor(2)])
     assert to_device(packed, "meta").data.device.type == "meta"
 
 
-def test_detached_cuts_every_tensor_off():
+def test_detach_detaches_every_tensor():
     y = linear()(tensor(1, 3))
     assert not any(t.requires_grad for t in tensors(detach({"a": y, "b": [y]})))
 
@@ -95,11 +95,11 @@ def test_detached_cuts_every_tensor_off():
         (None, None),
     ],
 )
-def test_the_length_is_that_of_the_first_tensor_with_one(batch, expected):
+def test_num_samples_is_the_length_of_the_first_tensor_with_dimensions(batch, expected):
     assert num_samples(batch) == expected
 
 
-def test_a_pair_is_taken_apart_whatever_it_holds():
+def test_prepare_pair_moves_nested_inputs_and_targets():
     x, y = prepare_pair(({"a": tensor(2)}, [tensor(3)]), device="meta")
     assert (x["a"].device.type, y[0].device.type) == ("meta", "meta")
 
@@ -115,6 +115,6 @@ def test_a_pair_is_taken_apart_whatever_it_holds():
         (None, "a NoneType"),
     ],
 )
-def test_a_batch_that_is_no_pair_is_described(batch, text):
+def test_prepare_pair_describes_a_batch_that_is_not_a_pair(batch, text):
     with pytest.raises(TypeError, match=rf"a batch must be a pair \(x, y\), got {text}; pass prepare_batch="):
         prepare_pair(batch)

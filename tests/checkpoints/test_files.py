@@ -6,10 +6,11 @@ import pytest
 import torch
 from toys import linear, same, weights
 
-from camshaft.checkpoints.files import CheckpointError, load_checked, remove_temporary_files, save_durably, write_durably
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import CheckpointError, remove_temporary_files, save_durably, write_durably
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_saved_content_is_loaded(tmp_path):
     content = {"weights": weights(linear()), "numbers": [1, 2.5, None, True], "text": "a"}
     size = save_durably(content, tmp_path / "file.pt")
     found = load_checked(tmp_path / "file.pt")
@@ -18,12 +19,12 @@ def test_what_is_saved_comes_back(tmp_path):
     assert size == (tmp_path / "file.pt").stat().st_size
 
 
-def test_any_torch_load_reads_a_sealed_file(tmp_path):
+def test_torch_load_reads_a_file_with_a_checksum(tmp_path):
     save_durably({"a": torch.arange(3)}, tmp_path / "file.pt")
     assert torch.load(tmp_path / "file.pt", weights_only=True)["a"].tolist() == [0, 1, 2]
 
 
-def test_every_single_flipped_bit_of_a_small_file_is_found(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     path = tmp_path / "file.pt"
     save_durably([1], path)
     good = path.read_bytes()
@@ -33,7 +34,7 @@ def test_every_single_flipped_bit_of_a_small_file_is_found(tmp_path):
             load_checked(path)
 
 
-def test_a_writer_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -47,7 +48,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_written_file_has_the_permissions_that_the_user_asks_for(tmp_path):
+def test_a_written_file_has_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_durably(tmp_path / "file", lambda file: file.write(b"text"))
@@ -56,21 +57,21 @@ def test_a_written_file_has_the_permissions_that_the_user_asks_for(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_an_unsealed_file_is_read_only_where_that_is_allowed(tmp_path):
+def test_a_file_without_a_checksum_is_loaded_only_if_allowed(tmp_path):
     torch.save([1], tmp_path / "file.pt")
     assert load_checked(tmp_path / "file.pt", sealed=False) == [1]
     with pytest.raises(CheckpointError, match="doesn't end with its checksum"):
         load_checked(tmp_path / "file.pt")
 
 
-def test_a_folder_and_a_missing_file_are_said_to_be_that(tmp_path):
+def test_loading_a_folder_or_a_missing_file_raises(tmp_path):
     with pytest.raises(CheckpointError, match="is not a file"):
         load_checked(tmp_path)
     with pytest.raises(CheckpointError, match="isn't there"):
         load_checked(tmp_path / "nothing.pt")
 
 
-def test_litter_goes_and_everything_else_stays(tmp_path):
+def test_only_temporary_files_are_removed(tmp_path):
     for name in (".camshaft-1.tmp", ".camshaft-2.tmp", "file.tmp", "step-00000001.pt"):
         (tmp_path / name).touch()
     remove_temporary_files(tmp_path)

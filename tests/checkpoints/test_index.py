@@ -20,6 +20,6 @@ from camshaft.checkpoints.index import Entry, retained
         ([], 3, 3, "max", []),
     ],
 )
-def test_the_last_and_the_best_are_kept_in_order(scores, keep_last, keep_best, mode, expected):
+def test_the_last_and_the_best_checkpoints_are_kept_in_order(scores, keep_last, keep_best, mode, expected):
     entries = [Entry(f"step-{n:08d}.pt", n, n, 1, score) for n, score in enumerate(scores, start=1)]
     assert [entry.optimizer_step for entry in retained(entries, keep_last, keep_best, mode)] == expected

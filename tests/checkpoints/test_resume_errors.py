@@ -24,12 +24,12 @@ def checkpoint(tmp_path):
     return rotation.last
 
 
-def test_checkpoint_that_is_not_there(tmp_path):
+def test_resuming_a_missing_file_raises(tmp_path):
     with pytest.raises(RuntimeError, match=r"missing\.pt isn't there"):
         rotation_of(tmp_path).resume(tmp_path / "missing.pt")
 
 
-def test_best_checkpoint_that_is_not_there(checkpoint):
+def test_resuming_a_missing_best_checkpoint_raises(checkpoint):
     with pytest.raises(RuntimeError, match="no best checkpoint"):
         rotation_of(checkpoint.parent).resume("best")
 
@@ -46,7 +46,7 @@ def test_best_checkpoint_that_is_not_there(checkpoint):
     ],
     ids=["other shape", "other names"],
 )
-def test_checkpoint_of_another_model(checkpoint, make, match, which):
+def test_resuming_a_checkpoint_of_another_model_raises_and_changes_nothing(checkpoint, make, match, which):
     model = make()
     before = weights(model)
     rotation = rotation_of(checkpoint.parent, model)
@@ -56,13 +56,13 @@ def test_checkpoint_of_another_model(checkpoint, make, match, which):
     assert rotation.engine.state.optimizer_step == 0
 
 
-def test_checkpoint_of_another_optimizer(checkpoint):
+def test_resuming_a_checkpoint_of_another_optimizer_raises(checkpoint):
     model = linear()
     with pytest.raises(ValueError, match="optimizer is of another kind than the Adam"):
         rotation_of(checkpoint.parent, model, torch.optim.Adam(model.parameters())).resume(checkpoint)
 
 
-def test_folder_of_checkpoints_in_place_of_one(checkpoint):
+def test_a_folder_instead_of_a_checkpoint_raises(checkpoint):
     folder = checkpoint.parent
     match = rf"is a folder of checkpoints.* such as {checkpoint}, or attach CheckpointRotation\('{folder}'\) .*resume\('auto'\)"
     with pytest.raises(RuntimeError, match=match):
@@ -72,7 +72,7 @@ def test_folder_of_checkpoints_in_place_of_one(checkpoint):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])
-def test_folder_that_can_not_be_written(folder, tmp_path):
+def test_a_folder_that_cannot_be_created_raises_on_attach(folder, tmp_path):
     (tmp_path / "file").write_text("")
     trainer = trainer_of()
     with pytest.raises(OSError, match=r"dirname: checkpoints can't be written there \(.*file is a file, not a folder\)"):

@@ -1,4 +1,4 @@
-"""Weights alone, in a file that any torch.load reads."""
+"""`save_weights` and `load_weights`: files with weights alone, which `torch.load` can read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from camshaft import (
 )
 
 
-def other():
+def other_model():
     torch.manual_seed(99)
     return torch.nn.Linear(3, 2)
 
@@ -29,46 +29,46 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("saved", WRAPPERS)
 @pytest.mark.parametrize("loaded", WRAPPERS)
-def test_weights_come_back_whatever_wraps_the_model(saved, loaded, tmp_path):
+def test_weights_are_loaded_with_any_combination_of_wrappers(saved, loaded, tmp_path):
     path = save_weights(WRAPPERS[saved](linear()), tmp_path / "weights.pt")
-    model = other()
+    model = other_model()
     load_weights(WRAPPERS[loaded](model), path)
     assert same(weights(model), weights(linear()))
 
 
-def test_any_torch_load_reads_the_file(tmp_path):
+def test_torch_load_reads_the_file(tmp_path):
     path = save_weights(torch.nn.DataParallel(linear()), tmp_path / "weights.pt")
     content = torch.load(path, weights_only=True)
     assert list(content) == ["weight", "bias"]
     assert torch.equal(content["weight"], linear().weight)
 
 
-def test_the_folder_is_made_and_the_path_returned(tmp_path):
+def test_save_weights_creates_the_folder_and_returns_the_path(tmp_path):
     path = tmp_path / "new" / "folder" / "weights.pt"
     assert save_weights(linear(), str(path)) == path
     assert path.is_file()
 
 
-def test_a_plain_state_dict_loads_too(tmp_path):
+def test_a_plain_state_dict_is_loaded(tmp_path):
     torch.save(linear().state_dict(), tmp_path / "weights.pt")
-    model = other()
+    model = other_model()
     load_weights(model, tmp_path / "weights.pt")
     assert same(weights(model), weights(linear()))
 
 
-def test_a_checkpoint_gives_its_models_weights(tmp_path):
+def test_the_weights_of_a_checkpoint_are_loaded(tmp_path):
     trainer = trainer_of()
     checkpoints = CheckpointRotation(tmp_path).attach(trainer)
     trainer.run(batches(3))
-    model = other()
+    model = other_model()
     load_weights(model, checkpoints.last)
     assert same(weights(model), weights(model_of(trainer)))
 
 
-def test_saving_again_replaces_the_file_and_leaves_no_litter(tmp_path):
-    path = save_weights(other(), tmp_path / "weights.pt")
+def test_saving_again_replaces_the_file_and_leaves_no_temporary_file(tmp_path):
+    path = save_weights(other_model(), tmp_path / "weights.pt")
     save_weights(linear(), path)
-    model = other()
+    model = other_model()
     load_weights(model, path)
     assert same(weights(model), weights(linear()))
     assert list(tmp_path.iterdir()) == [path]
@@ -91,28 +91,28 @@ def bad_files(folder):
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "code.pt", "list.pt", "text.pt", "flipped.pt"])
-def test_a_file_that_can_not_be_used_says_why_and_changes_nothing(name, tmp_path):
+def test_an_unusable_file_raises_and_changes_nothing(name, tmp_path):
     text = bad_files(tmp_path)[name]
-    model = other()
+    model = other_model()
     before = weights(model)
     with pytest.raises(RuntimeError, match=f"{name} {text}|{name} .*{text}"):
         load_weights(model, tmp_path / name)
     assert same(weights(model), before)
 
 
-def test_weights_of_another_model_are_an_error_that_names_the_keys(tmp_path):
+def test_weights_of_another_model_raise_and_name_the_keys(tmp_path):
     path = save_weights(torch.nn.Sequential(linear()), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="another model than this Linear: only the checkpoint has 0.weight, 0.bias; only the"):
         load_weights(linear(), path)
 
 
-def test_weights_of_another_shape_are_an_error_that_names_them(tmp_path):
+def test_weights_of_another_shape_raise_and_name_the_shapes(tmp_path):
     path = save_weights(torch.nn.Linear(4, 2), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weight \(\(2, 4\) in the checkpoint, \(2, 3\) here\)"):
         load_weights(linear(), path)
 
 
-def test_a_model_whose_own_names_begin_like_a_wrappers_keeps_them(tmp_path):
+def test_names_that_start_like_a_wrapper_prefix_are_kept(tmp_path):
     class Outer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -125,7 +125,7 @@ def test_a_model_whose_own_names_begin_like_a_wrappers_keeps_them(tmp_path):
     assert torch.equal(model.module.weight, linear().weight)
 
 
-def test_weights_of_another_model(tmp_path):
+def test_load_weights_rejects_other_models_and_missing_files(tmp_path):
     path = save_weights(linear(), tmp_path / "weights.pt")
     with pytest.raises(
         ValueError, match=r"weights\.pt was written for another model than this Linear: these have other shapes"
@@ -135,7 +135,7 @@ def test_weights_of_another_model(tmp_path):
         load_weights(linear(), tmp_path / "missing.pt")
 
 
-def test_weights_that_lie_below(tmp_path):
+def test_weights_nested_in_a_larger_dict_raise_and_show_how_to_load_them(tmp_path):
     model = linear()
     content = {"epoch": 3, "optimizer": sgd(model).state_dict(), "model": nn.DataParallel(model).state_dict()}
     torch.save(content, tmp_path / "epoch3.pt")

@@ -1,4 +1,4 @@
-"""The writer of checkpoints, in front of training and behind it."""
+"""The writer of checkpoints, in the foreground and in a background thread."""
 
 import errno
 import threading
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from camshaft.checkpoints import writer as module
-from camshaft.checkpoints.files import load_checked
-from camshaft.checkpoints.index import Entry, Index, file_name
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.index import Entry, Index
+from camshaft.checkpoints.names import file_name
 from camshaft.checkpoints.writer import CheckpointWriter
 
 
@@ -27,7 +28,7 @@ def write_and_wait(writer, step):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds every write until it is opened."""
+    """Blocks every write until it is set."""
     gate, save = threading.Event(), module.save_durably
 
     def slow(content, path):
@@ -38,7 +39,7 @@ def gate(monkeypatch):
     return gate
 
 
-def full_disk(monkeypatch):
+def fill_the_disk(monkeypatch):
     def fail(content, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -46,7 +47,7 @@ def full_disk(monkeypatch):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_writes_and_rotates(tmp_path, background):
+def test_files_are_written_and_rotated(tmp_path, background):
     writer = make(tmp_path, background=background)
     for step in range(1, 5):
         assert writer.write({"x": torch.tensor(step)}, entry(step)) == tmp_path / file_name(step)
@@ -55,16 +56,16 @@ def test_writes_and_rotates(tmp_path, background):
     assert [load_checked(path)["x"] for path in Index(tmp_path).newest_first()] == [4, 3]
 
 
-def test_the_file_holds_what_was_there_when_it_was_asked_for(tmp_path, gate):
+def test_the_file_contains_the_values_at_the_time_of_the_request(tmp_path, gate):
     writer, weights = make(tmp_path, background=True), torch.zeros(3)
     path = writer.write({"weights": weights}, entry(1))
-    weights.fill_(7)  # training goes on
+    weights.fill_(7)  # training continues
     gate.set()
     assert writer.wait()
     assert load_checked(path)["weights"].tolist() == [0, 0, 0]
 
 
-def test_one_save_at_a_time(tmp_path, gate):
+def test_a_second_write_waits_for_the_first(tmp_path, gate):
     writer = make(tmp_path, background=True)
     writer.write({"x": torch.zeros(1)}, entry(1))
     opener = threading.Timer(0.2, gate.set)
@@ -84,20 +85,20 @@ def test_report_if_done_does_not_wait(tmp_path, gate):
     assert writer.wait()
 
 
-def test_what_went_wrong_behind_is_said_at_the_next_boundary(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_reported_by_the_next_call(tmp_path, monkeypatch):
     writer = make(tmp_path, background=True)
-    full_disk(monkeypatch)
+    fill_the_disk(monkeypatch)
     assert writer.write({"x": torch.zeros(1000)}, entry(1)) is not None
     with pytest.warns(RuntimeWarning, match=r"step-00000001.pt could not be written .*about 4,000 bytes.*training goes on"):
         assert not writer.wait()
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_the_third_failure_in_a_row_raises(tmp_path, monkeypatch, background):
+def test_the_third_consecutive_failure_raises(tmp_path, monkeypatch, background):
     writer = make(tmp_path, background=background)
     assert writer.write({"x": torch.zeros(1)}, entry(1))
     assert writer.wait()
-    full_disk(monkeypatch)
+    fill_the_disk(monkeypatch)
     for step in (2, 3):
         with pytest.warns(RuntimeWarning, match="training goes on"):
             write_and_wait(writer, step)

@@ -1,4 +1,4 @@
-"""Seeds for this process and for a loader's workers."""
+"""Seeding of this process and of the workers of a loader."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from camshaft import seed_everything, worker_init_fn
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Puts torch's global settings back."""
+    """Restores torch's global settings afterwards."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
@@ -20,63 +20,63 @@ def settings(monkeypatch):
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
-def drawn():
+def draw():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_the_same_seed_gives_the_same_numbers_of_all_three(settings):
+def test_the_same_seed_gives_the_same_numbers_in_all_generators(settings):
     seed_everything(5)
-    first = drawn()
+    first = draw()
     seed_everything(5)
-    assert drawn() == first
+    assert draw() == first
 
 
-def test_another_seed_gives_other_numbers_of_all_three(settings):
+def test_another_seed_gives_other_numbers_in_all_generators(settings):
     seed_everything(5)
-    first = drawn()
+    first = draw()
     seed_everything(6)
-    assert all(a != b for a, b in zip(drawn(), first, strict=True))
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_the_whole_range_is_allowed(seed, settings):
+def test_the_smallest_and_the_largest_seed_are_allowed(seed, settings):
     seed_everything(seed)
     assert torch.initial_seed() == seed
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "1", None, True])
-def test_a_seed_out_of_range_is_an_error(seed):
+def test_a_seed_out_of_range_raises(seed):
     with pytest.raises(ValueError, match="seed must be an integer from 0 to"):
         seed_everything(seed)
 
 
-def test_deterministic_sets_torch_and_keeps_a_workspace_that_was_chosen(settings):
+def test_deterministic_sets_torch_and_keeps_the_configured_cublas_workspace(settings):
     seed_everything(0, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "as it was"
 
 
-def test_deterministic_chooses_a_workspace_where_there_is_none(settings, monkeypatch):
+def test_deterministic_sets_a_cublas_workspace_if_there_is_none(settings, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     seed_everything(0, deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_benchmark_is_cudnns(settings):
+def test_benchmark_sets_cudnn_benchmark(settings):
     seed_everything(0, benchmark=True)
     assert torch.backends.cudnn.benchmark
     seed_everything(0)
     assert not torch.backends.cudnn.benchmark
 
 
-def test_deterministic_and_benchmark_contradict_each_other():
+def test_deterministic_and_benchmark_together_raise():
     with pytest.raises(ValueError, match="deterministic and benchmark contradict each other"):
         seed_everything(0, deterministic=True, benchmark=True)
 
 
 class Drawing(torch.utils.data.Dataset):
-    """Each sample is what Python's and NumPy's global generators give in the worker."""
+    """Each sample is drawn from the global generators of Python and NumPy in the worker."""
 
     def __len__(self):
         return 4
@@ -91,17 +91,17 @@ def worker_draws(seed, **options):
     return [tuple(batch[0].tolist()) for _ in range(2) for batch in loader]
 
 
-def test_workers_draw_differently_from_each_other_and_from_epoch_to_epoch():
+def test_workers_draw_different_numbers_in_each_worker_and_epoch():
     draws = worker_draws(1)
     assert len({python for python, _ in draws}) == 8
     assert len({numpy for _, numpy in draws}) == 8
 
 
-def test_workers_draw_the_same_after_the_same_seed():
+def test_workers_draw_the_same_numbers_after_the_same_seed():
     assert worker_draws(1) == worker_draws(1)
 
 
-def test_a_worker_is_seeded_within_numpys_range():
+def test_worker_seeds_are_in_the_range_of_numpy():
     torch.manual_seed(2**40 + 3)
     worker_init_fn(0)
     first = random.random(), np.random.rand()
