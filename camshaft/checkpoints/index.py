@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping
@@ -14,25 +13,15 @@ from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
 
-from camshaft.checkpoints.files import MANIFEST, CheckpointError, load_checked, write_durably
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import MANIFEST, CheckpointError, write_durably
+from camshaft.checkpoints.names import step_of
 
-__all__ = ["Entry", "INDEX", "Index", "best_first", "file_name", "read_index", "retained", "step_of"]
+__all__ = ["Entry", "INDEX", "Index", "best_first", "read_index", "retained"]
 
 logger = logging.getLogger("camshaft")
 
 INDEX = "checkpoints.json"
-NAME = re.compile(r"step-(\d{8,})(\.pt)?")
-
-
-def file_name(step: int, sharded: bool = False) -> str:
-    """The name of the checkpoint of an optimizer step: a file, or a folder where every process writes its part."""
-    return f"step-{step:08d}" + ("" if sharded else ".pt")
-
-
-def step_of(name: str) -> int | None:
-    """The optimizer step in a checkpoint's name; ``None`` for any other file."""
-    found = NAME.fullmatch(name)
-    return int(found[1]) if found else None
 
 
 @dataclass

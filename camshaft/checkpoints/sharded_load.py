@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from camshaft.checkpoints.files import MANIFEST, CheckpointError, checksum, load_checked
-from camshaft.checkpoints.index import step_of
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import MANIFEST, CheckpointError, checksum
+from camshaft.checkpoints.names import step_of
 from camshaft.distributed.collectives import host_group
 from camshaft.distributed.dtensors import is_dtensor
 

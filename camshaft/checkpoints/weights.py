@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from camshaft.checkpoints.files import CheckpointError, load_checked, save_durably
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import CheckpointError, save_durably
 from camshaft.checkpoints.phase_state import check_same_keys
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 from camshaft.distributed.collectives import all_gather_object, broadcast_object, is_main_process

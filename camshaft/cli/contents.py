@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from camshaft.checkpoints.files import CheckpointError, load_checked
-from camshaft.checkpoints.index import step_of
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import CheckpointError
+from camshaft.checkpoints.names import step_of
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 
 __all__ = ["checked", "newest_content", "size_of", "without_weights"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from camshaft.checkpoints.index import INDEX, step_of
+from camshaft.checkpoints.index import INDEX
+from camshaft.checkpoints.names import step_of
 from camshaft.validation import join_names
 
 __all__ = ["Folders", "NoRun", "find_folders", "has_checkpoints", "has_events", "is_run"]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from camshaft.checkpoints.files import TEMP_PREFIX, CheckpointError
-from camshaft.checkpoints.index import INDEX, read_index, step_of
+from camshaft.checkpoints.index import INDEX, read_index
+from camshaft.checkpoints.names import step_of
 from camshaft.cli.contents import checked
 
 __all__ = ["Integrity", "Verdict", "check_folder", "verdicts"]

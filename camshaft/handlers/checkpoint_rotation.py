@@ -12,8 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from camshaft.checkpoints.files import CheckpointError, load_checked, remove_temporary_files
-from camshaft.checkpoints.index import Entry, Index, best_first, file_name, retained
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import CheckpointError, remove_temporary_files
+from camshaft.checkpoints.index import Entry, Index, best_first, retained
+from camshaft.checkpoints.names import file_name
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 from camshaft.checkpoints.sharded_save import save_shards
 from camshaft.checkpoints.writer import CheckpointWriter

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from camshaft import CheckpointRotation, Events, Handler, LRHistory, Priority, create_trainer
-from camshaft.checkpoints.files import load_checked
+from camshaft.checkpoints.file_load import load_checked
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["camshaft", "pytest", "torch.utils.tensorboard", "torch._dynamo"])

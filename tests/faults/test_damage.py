@@ -9,7 +9,8 @@ import torch
 from faulty import assert_of_one_step, counting_run, train
 
 from camshaft import Events
-from camshaft.checkpoints.files import CheckpointError, load_checked, save_durably
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import CheckpointError, save_durably
 
 NEWEST = "step-00000003.pt"
 

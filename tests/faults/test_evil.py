@@ -7,7 +7,8 @@ import zipfile
 import pytest
 from faulty import counting_run, train
 
-from camshaft.checkpoints.files import CheckpointError, load_checked, save_durably
+from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.files import CheckpointError, save_durably
 
 
 class Evil:

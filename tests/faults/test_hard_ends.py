@@ -7,7 +7,7 @@ from faulty import Child
 from signalled import BATCHES, EPOCHS, assert_goes_on_exactly, make_run
 
 from camshaft import Events, Priority, StepEvents
-from camshaft.checkpoints.files import load_checked
+from camshaft.checkpoints.file_load import load_checked
 
 STOPS = [3, 8, BATCHES - 1, BATCHES, BATCHES + 1, 2 * BATCHES + 5, BATCHES * EPOCHS - 1]
 OFTEN = Events.ITERATION_COMPLETED(every=2)

@@ -13,7 +13,7 @@ from signalled import BATCHES, COMPLETED, EPOCHS, IN_EVALUATION, STEPS, WINDOW, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from camshaft import Events
-from camshaft.checkpoints.files import load_checked
+from camshaft.checkpoints.file_load import load_checked
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 MID_EPOCH = BATCHES + 4
