@@ -1,4 +1,4 @@
-"""The engines that the tests of the loop run on."""
+"""Fixtures for the tests of the loop."""
 
 import pytest
 from loop_engines import MAKERS
@@ -6,5 +6,5 @@ from loop_engines import MAKERS
 
 @pytest.fixture(params=MAKERS)
 def engine(request):
-    """The bare loop, and then a trainer."""
+    """Runs a test on the bare loop and on a trainer."""
     return MAKERS[request.param]()

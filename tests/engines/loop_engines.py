@@ -1,4 +1,4 @@
-"""The loop by itself, and a trainer, which is one."""
+"""The engines that share the loop: the bare loop and the trainer."""
 
 import torch
 
@@ -11,7 +11,7 @@ def make_loop():
 
 
 def make_trainer():
-    """A trainer that takes any batch, ``None`` included."""
+    """A trainer that accepts any batch, including ``None``."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return create_trainer(model, optimizer, None, compute_loss=lambda model, batch: model(torch.ones(1, 1)).sum())

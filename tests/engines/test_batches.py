@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 from toys import batches, linear, names_iteration, same, trainer_of, weights
-from training_loops import by_hand
+from training_loops import train_by_hand
 
 from camshaft import (
     create_evaluator,
@@ -38,27 +38,27 @@ PREPARED = {
 
 
 @pytest.mark.parametrize("kind", PREPARED)
-def test_batches_of_any_kind(kind):
+def test_batches_of_any_type_are_trained_on(kind):
     pack, unpack = PREPARED[kind]
     options = {} if unpack is None else {"prepare_batch": lambda batch, device, non_blocking: unpack(batch)}
     model = linear()
     trainer_of(model, **options).run([pack(x, y) for x, y in batches()])
-    assert same(weights(model), by_hand(linear()))
+    assert same(weights(model), train_by_hand(linear()))
 
 
 @pytest.mark.parametrize("kind", PREPARED)
 @pytest.mark.parametrize("loss_weight", ["samples", "batch"])
-def test_batches_of_any_kind_are_weighed_and_accumulated(kind, loss_weight):
+def test_batches_of_any_type_are_weighted_and_accumulated(kind, loss_weight):
     pack, unpack = PREPARED[kind]
     options = {} if unpack is None else {"prepare_batch": lambda batch, device, non_blocking: unpack(batch)}
     model = linear(torch.float64)
     trainer = trainer_of(model, accumulation_steps=3, loss_weight=loss_weight, **options)
     trainer.run([pack(x, y) for x, y in batches(dtype=torch.float64)])
     big = tuple(torch.cat(part) for part in zip(*batches(dtype=torch.float64), strict=True))
-    torch.testing.assert_close(weights(model), by_hand(linear(torch.float64), [big]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weights(model), train_by_hand(linear(torch.float64), [big]), rtol=1e-12, atol=1e-12)
 
 
-def test_x_and_y_may_be_nests_that_the_model_and_the_loss_understand():
+def test_x_and_y_may_be_nested():
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,10 +70,10 @@ def test_x_and_y_may_be_nests_that_the_model_and_the_loss_understand():
     model = Sum()
     data = [({"left": x, "right": x}, [y]) for x, y in batches()]
     trainer_of(model, loss_fn=lambda y_pred, y: mse_loss(y_pred["y"], y[0])).run(data)
-    assert same(weights(model.inner), by_hand(linear(), [(2 * x, y) for x, y in batches()]))
+    assert same(weights(model.inner), train_by_hand(linear(), [(2 * x, y) for x, y in batches()]))
 
 
-def test_prepare_batch_gets_device_and_non_blocking():
+def test_prepare_batch_receives_device_and_non_blocking():
     seen = []
 
     def prepare(batch, device, non_blocking):
@@ -96,14 +96,14 @@ def test_prepare_batch_gets_device_and_non_blocking():
     ],
     ids=["triple", "single", "dict", "tensor of two rows", "text", "none"],
 )
-def test_batch_that_is_no_pair(batch, what):
+def test_a_batch_that_is_not_a_pair_raises(batch, what):
     with pytest.raises(TypeError, match=f"pair.*got {what}.*prepare_batch") as caught:
         trainer_of().run([*batches(1), batch])
     assert names_iteration(caught, 2)
 
 
 @pytest.mark.parametrize("result", [None, 5, (1, 2, 3)])
-def test_prepare_batch_that_gives_no_pair(result):
+def test_a_prepare_batch_that_does_not_return_a_pair_raises(result):
     def prepare(batch, device, non_blocking):
         return result
 
@@ -113,7 +113,7 @@ def test_prepare_batch_that_gives_no_pair(result):
 
 
 @pytest.mark.parametrize("create", [trainer_of, lambda **options: create_evaluator(linear(), **options)])
-def test_prepare_batch_that_does_not_take_the_device(create):
+def test_a_prepare_batch_without_a_device_argument_raises(create):
     def prepare(batch):
         return batch
 
@@ -123,7 +123,7 @@ def test_prepare_batch_that_does_not_take_the_device(create):
 
 
 @pytest.mark.parametrize("argument", ["prepare_batch", "model_transform", "output_transform"])
-def test_function_that_is_none(argument):
+def test_an_argument_that_is_not_callable_raises(argument):
     with pytest.raises(TypeError, match=f"{argument} must be callable, got 5"):
         trainer_of(**{argument: 5})
 
@@ -140,7 +140,7 @@ def test_function_that_is_none(argument):
         (0, "weighs 0"),
     ],
 )
-def test_weight_that_is_none(weight, match):
+def test_an_invalid_weight_raises(weight, match):
     def tokens(batch):
         return weight
 
@@ -149,6 +149,6 @@ def test_weight_that_is_none(weight, match):
     assert names_iteration(caught, 2 if match == "weighs 0" else 1)
 
 
-def test_samples_of_a_batch_without_a_length():
+def test_loss_weight_samples_needs_a_tensor_with_a_length():
     with pytest.raises(TypeError, match="loss_weight='samples' needs a tensor with a length"):
         trainer_of(loss_weight="samples", prepare_batch=lambda batch, **_: batches(1)[0]).run([("a", "b")])

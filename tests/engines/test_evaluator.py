@@ -1,4 +1,4 @@
-"""An evaluator sees what the model gives in eval mode, and disturbs nothing."""
+"""`create_evaluator`: evaluates the model in eval mode, and restores everything afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from camshaft import (
 
 
 def deep_model():
-    """A model with dropout and two norms, one of them frozen by the user."""
+    """A model with dropout and two batch norms, one of which is in eval mode."""
     torch.manual_seed(7)
     model = torch.nn.Sequential(
         torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(), torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2)
@@ -32,7 +32,7 @@ def flags(model):
 
 
 def draws():
-    """What each generator would give next, without moving it."""
+    """The next number of each generator. Leaves their states unchanged."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     drawn = random.random(), float(np.random.rand()), float(torch.rand(()))
     random.setstate(states[0])
@@ -41,7 +41,7 @@ def draws():
     return drawn
 
 
-def test_it_computes_what_a_loop_in_eval_mode_computes():
+def test_metrics_equal_those_of_a_loop_in_eval_mode():
     model = deep_model()
     evaluator = create_evaluator(model, metrics={"mse": Loss(torch.nn.functional.mse_loss)})
     metrics = evaluator.run(batches(3)).metrics
@@ -51,7 +51,7 @@ def test_it_computes_what_a_loop_in_eval_mode_computes():
     assert metrics["mse"] == pytest.approx(sum(losses) / 3, rel=1e-6)
 
 
-def test_every_flag_and_buffer_is_afterwards_as_before():
+def test_training_flags_and_buffers_are_preserved():
     model = deep_model()
     before, buffers = flags(model), [buffer.clone() for buffer in model.buffers()]
     create_evaluator(model).run(batches(3))
@@ -59,7 +59,7 @@ def test_every_flag_and_buffer_is_afterwards_as_before():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
 
 
-def test_inside_it_is_eval_and_inference_mode():
+def test_the_model_runs_in_eval_and_inference_mode():
     model, seen = deep_model(), []
     evaluator = create_evaluator(model)
     look = lambda e: seen.append((any(flags(model)), torch.is_inference_mode_enabled(), e.state.y_pred.is_inference()))  # noqa: E731
@@ -68,7 +68,7 @@ def test_inside_it_is_eval_and_inference_mode():
     assert seen == [(False, True, True)] * 2
 
 
-def test_the_random_generators_are_afterwards_as_before():
+def test_the_random_generators_are_preserved():
     evaluator = create_evaluator(deep_model())
     evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: (random.random(), np.random.rand(), torch.rand(3)))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batches(1, 12)[0]), batch_size=4, shuffle=True)
@@ -77,7 +77,7 @@ def test_the_random_generators_are_afterwards_as_before():
     assert draws() == before
 
 
-def test_all_is_as_before_where_the_evaluation_raises():
+def test_everything_is_restored_after_an_exception():
     model = deep_model()
     evaluator, before, drawn = create_evaluator(model), flags(model), draws()
 
@@ -92,7 +92,7 @@ def test_all_is_as_before_where_the_evaluation_raises():
     assert not torch.is_inference_mode_enabled()
 
 
-def test_it_can_be_run_again_after_it_raised():
+def test_it_can_run_again_after_an_exception():
     evaluator = create_evaluator(linear(), metrics={"mse": MeanSquaredError()})
     with pytest.raises(TypeError, match="a batch must be a pair"):
         evaluator.run([torch.zeros(2, 3)])
@@ -100,13 +100,13 @@ def test_it_can_be_run_again_after_it_raised():
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(None, torch.float32), ("bf16", torch.bfloat16), (torch.float16, torch.float16)])
-def test_amp_is_the_precision_of_the_outputs(amp, dtype):
+def test_amp_sets_the_precision_of_the_outputs(amp, dtype):
     evaluator = create_evaluator(linear(), amp=amp)
     evaluator.run(batches(1))
     assert evaluator.state.y_pred.dtype == dtype
 
 
-def test_the_three_transforms_are_applied_in_turn():
+def test_the_transforms_are_applied_in_order():
     evaluator = create_evaluator(
         linear(),
         metrics={"accuracy": Accuracy()},
@@ -119,7 +119,7 @@ def test_the_three_transforms_are_applied_in_turn():
     assert evaluator.run([{"in": x, "out": y}]).metrics["accuracy"] == 1
 
 
-def test_evaluating_between_runs_changes_no_bit_of_training():
+def test_evaluating_between_runs_does_not_change_training():
     def train(evaluate):
         model = deep_model()
         trainer = create_trainer(model, sgd(model), torch.nn.functional.mse_loss)
@@ -146,13 +146,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_are_errors_at_creation(name):
+def test_invalid_arguments_raise_at_creation(name):
     call, error, text = WRONG[name]
     with pytest.raises(error, match=text):
         call()
 
 
-def test_a_prepare_batch_that_gives_no_pair_is_named():
+def test_an_error_names_the_prepare_batch_that_does_not_return_a_pair():
     def three(batch, device, non_blocking):
         return 1, 2, 3
 
@@ -161,7 +161,7 @@ def test_a_prepare_batch_that_gives_no_pair_is_named():
     assert caught.value.__notes__ == ["camshaft: in epoch 1, iteration 1"]
 
 
-def test_a_run_over_data_of_unknown_length_takes_all_of_it_whatever_the_last_one_took():
+def test_each_run_uses_all_data_of_unknown_length():
     class Unknown:
         def __init__(self, count):
             self.count = count
@@ -173,12 +173,12 @@ def test_a_run_over_data_of_unknown_length_takes_all_of_it_whatever_the_last_one
     assert [evaluator.run(Unknown(count)).iteration for count in (2, 4, 3)] == [2, 4, 3]
 
 
-def test_metric_that_is_a_class():
+def test_a_metric_class_instead_of_an_instance_raises():
     with pytest.raises(TypeError, match=r"metrics\['accuracy'\] must be .*got the class Accuracy; make one: Accuracy\(\)"):
         create_evaluator(linear(), {"accuracy": Accuracy})
 
 
 @pytest.mark.parametrize("argument", ["prepare_batch", "model_transform", "output_transform"])
-def test_what_an_evaluator_cannot_call(argument):
+def test_a_function_that_is_not_callable_raises(argument):
     with pytest.raises(TypeError, match=f"{argument} must be callable, got 3"):
         create_evaluator(torch.nn.Linear(2, 1), **{argument: 3})

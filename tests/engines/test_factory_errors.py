@@ -24,30 +24,30 @@ from camshaft import (
     [("resnet", "str"), (None, "NoneType"), (nn.Linear, r"the class Linear; make one: Linear\(\.\.\.\)")],
     ids=["text", "none", "class"],
 )
-def test_model_that_is_none(model, what, create):
+def test_a_model_that_is_not_a_module_raises(model, what, create):
     with pytest.raises(TypeError, match=rf"must be a torch\.nn\.Module, got {what}"):
         create(model)
 
 
-def test_optimizer_of_another_model():
+def test_an_optimizer_of_another_model_raises():
     with pytest.raises(ValueError, match="optimizer SGD .* holds no parameter of the model"):
         trainer_of(linear(), sgd(linear()))
 
 
-def test_one_of_several_optimizers_is_of_another_model():
+def test_one_optimizer_of_another_model_among_several_raises():
     model = linear()
     with pytest.raises(ValueError, match="optimizer Adam .* holds no parameter of the model"):
         trainer_of(model, [sgd(model), torch.optim.Adam(linear().parameters())])
 
 
-def test_optimizer_made_before_the_model_was_copied():
+def test_an_optimizer_created_before_the_model_was_copied_raises():
     model = linear()
     optimizer = sgd(model)
     with pytest.raises(ValueError, match=r"holds no parameter of the model.*model\.parameters\(\)"):
         trainer_of(copy.deepcopy(model), optimizer)
 
 
-def test_parameters_that_no_optimizer_holds_are_warned_of(caplog):
+def test_parameters_without_an_optimizer_give_a_warning(caplog):
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     optimizer = sgd(model)
     model[1] = nn.Linear(2, 2)  # after the optimizer was made
@@ -63,7 +63,7 @@ def test_frozen_parameters_need_no_optimizer(caplog):
     assert caplog.text == ""
 
 
-def test_optimizer_without_parameters():
+def test_an_optimizer_without_parameters_raises():
     model = linear()
     optimizer = sgd(model)
     optimizer.param_groups[0]["params"] = []
@@ -86,18 +86,18 @@ def test_optimizer_without_parameters():
         (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS"),
     ],
 )
-def test_optimizer_that_can_not_train(make, error, match):
+def test_an_unusable_optimizer_raises(make, error, match):
     model = linear()
     with pytest.raises(error, match=match):
         create_trainer(model, make(model), mse_loss)
 
 
-def test_scheduler_of_another_optimizer():
+def test_a_scheduler_of_another_optimizer_raises():
     with pytest.raises(ValueError, match="scheduler StepLR was made for another optimizer"):
         trainer_of(scheduler=StepLR(sgd(linear()), 1))
 
 
-def test_same_scheduler_twice():
+def test_the_same_scheduler_twice_raises():
     model = linear()
     optimizer = sgd(model)
     scheduler = StepLR(optimizer, 1)
@@ -114,12 +114,12 @@ def test_same_scheduler_twice():
     ],
     ids=["text", "function", "class"],
 )
-def test_scheduler_that_is_none(scheduler, what):
+def test_an_object_that_is_not_a_scheduler_raises(scheduler, what):
     with pytest.raises(TypeError, match=rf"scheduler must be a torch\.optim\.lr_scheduler, got {what}"):
         trainer_of(scheduler=scheduler)
 
 
-def test_scheduler_that_is_given_and_attached_too():
+def test_attaching_a_scheduler_that_was_passed_as_an_argument_raises():
     model = linear()
     optimizer = sgd(model)
     scheduler = StepLR(optimizer, 1)
@@ -129,7 +129,7 @@ def test_scheduler_that_is_given_and_attached_too():
             LRScheduling(scheduler).attach(trainer, name)
 
 
-def test_scheduler_that_follows_a_metric():
+def test_a_scheduler_that_needs_a_metric_raises():
     model = linear()
     optimizer = sgd(model)
     with pytest.raises(ValueError, match=r"ReduceLROnPlateau follows a metric.*LRScheduling\(scheduler, metric="):
@@ -137,7 +137,7 @@ def test_scheduler_that_follows_a_metric():
 
 
 @pytest.mark.parametrize("with_scheduler", [True, False])
-def test_unknown_schedule_every(with_scheduler):
+def test_an_unknown_schedule_every_raises(with_scheduler):
     model = linear()
     optimizer = sgd(model)
     scheduler = StepLR(optimizer, 1) if with_scheduler else None
@@ -146,12 +146,12 @@ def test_unknown_schedule_every(with_scheduler):
 
 
 @pytest.mark.parametrize(("model", "device"), [("cpu", "meta"), ("meta", "cpu"), ("cpu", "cuda")])
-def test_model_on_another_device(model, device):
+def test_a_model_on_another_device_raises(model, device):
     with pytest.raises(ValueError, match=f"device is '{device}' but the model is on '{model}'"):
         trainer_of(nn.Linear(3, 2, device=model), device=device)
 
 
 @pytest.mark.parametrize("device", [None, "meta"])
-def test_model_without_values_in_its_parameters(device):
+def test_a_model_on_the_meta_device_raises(device):
     with pytest.raises(ValueError, match=r"the model is on 'meta'.*to_empty"):
         trainer_of(nn.Linear(3, 2, device="meta"), device=device)

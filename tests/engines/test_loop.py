@@ -1,4 +1,4 @@
-"""The loop runs as Ignite's does: the same script on both gives the same log of events."""
+"""The loop behaves as that of Ignite: the same script fires the same events on both engines."""
 
 import contextlib
 import itertools
@@ -22,8 +22,8 @@ class Endless:
         return iter(range(self.length))
 
 
-def logged(engine, script):
-    """Runs a script on an engine; gives every event with the clocks at which it fired, and where the state ended."""
+def run_and_record(engine, script):
+    """Runs a script on an engine. Returns every event with its epoch and iteration, and the final state."""
     log = []
     for event in LOGGED:
         engine.add_event_handler(
@@ -34,9 +34,9 @@ def logged(engine, script):
     return log, (state.epoch, state.iteration, state.epoch_length, state.max_epochs, state.max_iters)
 
 
-def both(script, engine):
-    """The script's logs on Ignite's engine and on ours."""
-    return logged(Engine(lambda engine, batch: batch), script), logged(engine, script)
+def run_on_both(script, engine):
+    """The records of a script on Ignite's engine and on another engine."""
+    return run_and_record(Engine(lambda engine, batch: batch), script), run_and_record(engine, script)
 
 
 RUNS = {
@@ -60,13 +60,13 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_fires_ignites_events_in_ignites_order(name, engine):
-    stock, ours = both(RUNS[name], engine)
+def test_a_run_fires_the_same_events_as_ignite(name, engine):
+    stock, ours = run_on_both(RUNS[name], engine)
     assert ours == stock
 
 
 def at(event, what):
-    """A script that does something at an event of the second epoch."""
+    """A script that acts on an event of the second epoch."""
 
     def script(engine):
         done = []
@@ -101,35 +101,35 @@ STOPS = {
 
 @pytest.mark.parametrize("event", INSIDE, ids=lambda event: event.name)
 @pytest.mark.parametrize("what", STOPS)
-def test_stopping_inside_an_epoch_is_ignites(what, event, engine):
-    stock, ours = both(at(event, STOPS[what]), engine)
+def test_stopping_inside_an_epoch_matches_ignite(what, event, engine):
+    stock, ours = run_on_both(at(event, STOPS[what]), engine)
     assert ours == stock
 
 
 @pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.EPOCH_COMPLETED], ids=lambda event: event.name)
 @pytest.mark.parametrize("what", ["terminate", "terminate without COMPLETED"])
-def test_terminating_at_an_epochs_bounds_is_ignites(what, event, engine):
-    stock, ours = both(at(event, STOPS[what]), engine)
+def test_terminating_at_the_start_or_end_of_an_epoch_matches_ignite(what, event, engine):
+    stock, ours = run_on_both(at(event, STOPS[what]), engine)
     assert ours == stock
 
 
-def test_terminate_at_started_makes_no_iteration(engine):
+def test_terminate_on_started_runs_no_iteration(engine):
     def script(engine):
         engine.add_event_handler(Events.STARTED, lambda e: e.terminate())
         engine.run(range(3), max_epochs=2)
 
-    stock, ours = both(script, engine)
+    stock, ours = run_on_both(script, engine)
     assert ours == stock
     assert ours[1][:2] == (0, 0)
 
 
-def test_terminate_epoch_at_started_is_an_error(engine):
+def test_terminate_epoch_on_started_raises(engine):
     engine.add_event_handler(Events.STARTED, lambda e: e.terminate_epoch())
     with pytest.raises(RuntimeError, match="should not be called on"):
         engine.run(range(3))
 
 
-def test_terminate_single_epoch_tells_the_iteration_of_the_epoch(engine):
+def test_terminate_single_epoch_passes_the_iteration_of_the_epoch(engine):
     counts = []
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda e: e.terminate_epoch())
     engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, lambda e, iter_counter: counts.append(iter_counter))
@@ -138,18 +138,18 @@ def test_terminate_single_epoch_tells_the_iteration_of_the_epoch(engine):
 
 
 @pytest.mark.parametrize("event", [*INSIDE[:4], Events.EPOCH_STARTED, Events.EPOCH_COMPLETED], ids=lambda event: event.name)
-def test_an_interrupted_run_goes_on_where_it_was(event, engine):
+def test_an_interrupted_run_continues_at_the_next_batch(event, engine):
     def script(engine):
         at(event, lambda e: e.interrupt())(engine)
         engine.my_stop = engine.state.iteration
         engine.run(range(3), max_epochs=3)
 
-    stock, ours = both(script, engine)
+    stock, ours = run_on_both(script, engine)
     assert ours == stock
     assert ours[1][1] == 12
 
 
-def test_interrupting_where_the_data_stops_asks_for_each_batch_once(engine):
+def test_interrupting_at_the_end_of_the_data_requests_each_batch_once(engine):
     """Ignite's engine fires GET_BATCH_STARTED twice for the batch after the interruption."""
     asked = []
     engine.add_event_handler(Events.GET_BATCH_STARTED, lambda e: asked.append(e.state.iteration))
@@ -160,19 +160,19 @@ def test_interrupting_where_the_data_stops_asks_for_each_batch_once(engine):
     assert asked == [0, 1, 2]
 
 
-def test_interrupting_at_every_iteration_visits_every_batch_once(engine):
+def test_interrupting_at_every_iteration_processes_every_batch_once(engine):
     def script(engine):
         engine.seen = []
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: (e.seen.append(e.state.batch), e.interrupt()))
         for _ in range(7):
             engine.run(range(3), max_epochs=2)
 
-    stock, ours = both(script, engine)
+    stock, ours = run_on_both(script, engine)
     assert ours == stock
     assert engine.seen == [0, 1, 2, 0, 1, 2]
 
 
-def test_set_data_changes_the_batches_and_not_the_epoch(engine):
+def test_set_data_changes_the_batches_but_not_the_epoch(engine):
     seen = []
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.set_data([10, 11, 12]))
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.batch))
@@ -180,7 +180,7 @@ def test_set_data_changes_the_batches_and_not_the_epoch(engine):
     assert seen == [0, 1, 10, 11, 12, 10, 11, 12]
 
 
-def test_a_batch_set_at_iteration_started_is_the_one_processed():
+def test_a_batch_replaced_on_iteration_started_is_processed():
     engine = LoopEngine(lambda engine, batch: batch + 100)
     seen = []
 
@@ -208,14 +208,14 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("name", REPEATED)
-def test_a_second_run_is_ignites(name, engine):
-    stock, ours = both(REPEATED[name], engine)
+def test_a_second_run_matches_ignite(name, engine):
+    stock, ours = run_on_both(REPEATED[name], engine)
     assert ours == stock
 
 
 @pytest.mark.parametrize("second", [2, 3], ids=["same max_epochs", "one more"])
 @pytest.mark.parametrize("stop", [2, 3, 5, 6])
-def test_a_run_after_terminate_is_ignites(stop, second, engine):
+def test_a_run_after_terminate_matches_ignite(stop, second, engine):
     def script(engine):
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop), lambda e: e.state.times and terminate_once(e))
         engine.run(range(3), max_epochs=2)
@@ -226,13 +226,13 @@ def test_a_run_after_terminate_is_ignites(stop, second, engine):
             engine.was_terminated = True
             engine.terminate()
 
-    stock, ours = both(script, engine)
+    stock, ours = run_on_both(script, engine)
     assert ours == stock
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED, *INSIDE[:4], Events.EPOCH_COMPLETED, Events.COMPLETED])
-def test_an_exception_leaves_the_run_after_every_handler(event, error, engine):
+def test_every_handler_of_an_exception_runs_before_it_is_raised(event, error, engine):
     heard = []
     engine.add_event_handler(Events.EXCEPTION_RAISED, lambda e, err: heard.append(("first", err)))
     engine.add_event_handler(Events.EXCEPTION_RAISED, lambda err: heard.append(("second", err)))
@@ -246,7 +246,7 @@ def test_an_exception_leaves_the_run_after_every_handler(event, error, engine):
     assert heard == [("first", caught.value), ("second", caught.value)]
 
 
-def test_the_exceptions_note_names_epoch_and_iteration(engine):
+def test_a_note_on_the_exception_names_the_epoch_and_the_iteration(engine):
     def fail():
         raise ValueError("broken")
 
@@ -256,7 +256,7 @@ def test_the_exceptions_note_names_epoch_and_iteration(engine):
     assert caught.value.__notes__ == ["camshaft: in epoch 2, iteration 5"]
 
 
-def test_a_failing_exception_handler_keeps_neither_the_others_nor_the_error_back(engine):
+def test_a_failing_exception_handler_hides_neither_the_error_nor_other_handlers(engine):
     heard = []
 
     def fail_again(error):
@@ -274,7 +274,7 @@ def test_a_failing_exception_handler_keeps_neither_the_others_nor_the_error_back
     assert any("disk full" in note for note in caught.value.__notes__)
 
 
-def test_an_exception_of_the_data_leaves_the_run(engine):
+def test_an_exception_of_the_data_is_raised(engine):
     def broken():
         yield 0
         raise OSError("no such file")
@@ -285,8 +285,8 @@ def test_an_exception_of_the_data_leaves_the_run(engine):
 
 
 @pytest.mark.parametrize("iteration", [1, 2, 3, 4, 5, 6])
-def test_a_run_after_an_exception_is_like_one_after_terminate(iteration, engine):
-    """Ignite's engine can't be run again after an exception; after ``terminate()`` it can."""
+def test_a_run_after_an_exception_matches_one_after_terminate(iteration, engine):
+    """Ignite's engine cannot run again after an exception, but it can after ``terminate()``."""
 
     def script(engine, stop):
         stopped = []
@@ -322,19 +322,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_are_ignites_errors(name, engine):
+def test_invalid_arguments_raise_the_errors_of_ignite(name, engine):
     call, error, text = WRONG[name]
     with pytest.raises(error, match=text):
         call(engine)
 
 
-def test_a_going_backwards_max_epochs_is_an_error(engine):
+def test_a_smaller_max_epochs_raises(engine):
     engine.run(range(3), max_epochs=3)
     with pytest.raises(ValueError, match="should be greater than or equal to the start"):
         engine.run(range(3), max_epochs=2)
 
 
-def test_ignites_state_dict_round_trip_goes_on_at_the_iteration():
+def test_load_state_dict_continues_at_the_iteration():
     engine = make_loop()
     engine.load_state_dict({"epoch_length": 3, "max_epochs": 3, "iteration": 3})
     seen = []
@@ -343,7 +343,7 @@ def test_ignites_state_dict_round_trip_goes_on_at_the_iteration():
     assert seen == [(2, 4), (2, 5), (2, 6), (3, 7), (3, 8), (3, 9)]
 
 
-def test_engines_nest(engine):
+def test_engines_can_be_nested(engine):
     inner, seen = make_loop(), []
     inner.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(1))
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: inner.run(range(2)))
@@ -351,7 +351,7 @@ def test_engines_nest(engine):
     assert len(seen) == 4
 
 
-def test_running_inside_its_own_run_is_an_error(engine):
+def test_running_inside_its_own_run_raises(engine):
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: e.run(range(2)))
     with pytest.raises(ValueError, match="already executing"):
         engine.run(range(3), max_epochs=2)

@@ -1,4 +1,4 @@
-"""Handlers on the loop behave as on Ignite's engine: filters, handles, custom events and profilers."""
+"""Handlers on the loop behave as on the engine of Ignite: filters, handles, custom events and profilers."""
 
 import functools
 
@@ -28,7 +28,7 @@ from ignite.handlers import BasicTimeProfiler, HandlersTimeProfiler
     ids=lambda terms: ",".join(f"{k}={v}" if not callable(v) else k for k, v in terms.items()),
 )
 @pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.GET_BATCH_STARTED, Events.EPOCH_STARTED])
-def test_filters_are_ignites(event, terms, engine):
+def test_filters_match_ignite(event, terms, engine):
     def script(engine):
         engine.noted = []
         engine.add_event_handler(event(**terms), lambda e: e.noted.append((e.state.epoch, e.state.iteration)))
@@ -40,7 +40,7 @@ def test_filters_are_ignites(event, terms, engine):
     assert engine.noted == stock.noted
 
 
-def test_events_joined_by_or_are_each_heard(engine):
+def test_each_event_of_a_combination_fires(engine):
     def script(engine):
         engine.noted = []
         events = Events.STARTED | Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED | Events.COMPLETED
@@ -72,7 +72,7 @@ FILTERS = {
 
 @pytest.mark.parametrize("event", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("bound", [True, False], ids=["bound method", "function"])
-def test_a_handle_removes_its_handler(bound, event, engine):
+def test_remove_detaches_the_handler_of_a_handle(bound, event, engine):
     counter = Counter()
     handler = counter.count if bound else lambda: counter.count()
     handle = engine.add_event_handler(event, handler)
@@ -82,7 +82,7 @@ def test_a_handle_removes_its_handler(bound, event, engine):
 
 
 @pytest.mark.parametrize("event", FILTERS.values(), ids=FILTERS)
-def test_a_handle_is_a_context(event, engine):
+def test_a_handle_is_a_context_manager(event, engine):
     counter = Counter()
     handler = counter.count
     with engine.add_event_handler(event, handler):
@@ -94,7 +94,7 @@ def test_a_handle_is_a_context(event, engine):
 
 
 @pytest.mark.parametrize("event", list(FILTERS.values())[:4], ids=list(FILTERS)[:4])
-def test_has_event_handler_knows_filtered_ones(event, engine):
+def test_has_event_handler_finds_filtered_handlers(event, engine):
     counter = Counter()
     assert not engine.has_event_handler(counter.count)
     engine.add_event_handler(event, counter.count)
@@ -105,12 +105,12 @@ def test_has_event_handler_knows_filtered_ones(event, engine):
     assert not engine.has_event_handler(counter.count)
 
 
-def test_removing_an_unknown_handler_is_an_error(engine):
+def test_removing_an_unknown_handler_raises(engine):
     with pytest.raises(ValueError, match="is not found among|does not exist"):
         engine.remove_event_handler(print, Events.STARTED)
 
 
-def test_handlers_get_their_arguments_with_or_without_the_engine(engine):
+def test_handlers_receive_their_arguments_with_or_without_the_engine(engine):
     got = []
     engine.add_event_handler(Events.STARTED, lambda e, a, b=0: got.append((e is engine, a, b)), 1, b=2)
     engine.add_event_handler(Events.STARTED, lambda a, b=0: got.append((a, b)), 3, b=4)
@@ -125,12 +125,12 @@ def test_handlers_get_their_arguments_with_or_without_the_engine(engine):
     assert got == [(True, 1, 2), (3, 4), (), 7, (2, {"c": 6})]
 
 
-def test_a_handler_with_a_wrong_signature_is_an_error_at_once(engine):
+def test_a_handler_with_a_wrong_signature_raises_immediately(engine):
     with pytest.raises(ValueError, match=r"can't be called at STARTED: a handler takes \(engine\), this one takes \(a, b, c\)"):
         engine.add_event_handler(Events.STARTED, lambda a, b, c: None)
 
 
-def test_handlers_run_in_the_order_of_addition(engine):
+def test_handlers_run_in_the_order_in_which_they_were_added(engine):
     order = []
     for number in range(4):
         event = Events.EPOCH_STARTED if number % 2 else Events.EPOCH_STARTED(once=1)
@@ -139,7 +139,7 @@ def test_handlers_run_in_the_order_of_addition(engine):
     assert order == [0, 1, 2, 3]
 
 
-def test_a_handler_added_in_the_run_is_heard_from_the_next_event_on(engine):
+def test_a_handler_added_during_a_run_is_called_from_the_next_event_on(engine):
     seen = []
 
     @engine.on(Events.ITERATION_COMPLETED(once=2))
@@ -167,7 +167,7 @@ class Custom(EventEnum):
     WHOLE = "whole"
 
 
-def test_events_of_ones_own_fire_with_their_clock(engine):
+def test_custom_events_fire_with_their_clock(engine):
     seen = []
     engine.register_events(*Custom, event_to_attr={Custom.HALF: "halves"})
     engine.state.halves = 0
@@ -182,7 +182,7 @@ def test_events_of_ones_own_fire_with_their_clock(engine):
     assert seen == [2, 4]
 
 
-def test_a_text_event_of_ones_own_fires(engine):
+def test_a_custom_string_event_fires(engine):
     seen = []
     engine.register_events("tick")
     engine.add_event_handler("tick", lambda e: seen.append(e.state.iteration))
@@ -191,14 +191,14 @@ def test_a_text_event_of_ones_own_fires(engine):
     assert seen == [1, 2]
 
 
-def test_an_unknown_event_is_an_error(engine):
+def test_an_unknown_event_raises(engine):
     with pytest.raises(ValueError, match="is not a valid event"):
         engine.add_event_handler("nothing", print)
     with pytest.raises(ValueError, match="is not a valid event"):
         engine.fire_event(Custom.WHOLE)
 
 
-def test_a_place_beats_the_order_of_addition(engine):
+def test_priority_takes_precedence_over_the_order_of_addition(engine):
     order = []
     engine.add_event_handler_at(10, Events.STARTED, lambda: order.append("late"))
     engine.add_event_handler(Events.STARTED, lambda: order.append("first user"))
@@ -208,7 +208,7 @@ def test_a_place_beats_the_order_of_addition(engine):
     assert order == ["early", "first user", "second user", "late"]
 
 
-def test_an_event_list_keeps_its_place_at_each_event(engine):
+def test_a_combination_of_events_has_the_same_priority_at_each_event(engine):
     order = []
     engine.add_event_handler_at(10, Events.STARTED | Events.COMPLETED, lambda: order.append("late"))
     engine.add_event_handler(Events.STARTED | Events.COMPLETED, lambda: order.append("user"))
@@ -216,7 +216,7 @@ def test_an_event_list_keeps_its_place_at_each_event(engine):
     assert order == ["user", "late"] * 2
 
 
-def test_times_are_there_for_handlers(engine):
+def test_state_times_are_available_to_handlers(engine):
     times = []
     engine.add_event_handler(Events.EPOCH_COMPLETED | Events.COMPLETED, lambda e: times.append(dict(e.state.times)))
     engine.run(range(2))
@@ -224,7 +224,7 @@ def test_times_are_there_for_handlers(engine):
     assert times[1]["COMPLETED"] >= times[0]["EPOCH_COMPLETED"]
 
 
-def test_ignites_basic_profiler_works(engine):
+def test_basic_time_profiler_works(engine):
     profiler = BasicTimeProfiler()
     profiler.attach(engine)
     engine.add_event_handler(Events.ITERATION_STARTED, lambda: sum(range(1000)))
@@ -236,7 +236,7 @@ def test_ignites_basic_profiler_works(engine):
     assert (profiler.dataflow_times > 0).all()
 
 
-def test_ignites_handlers_profiler_works(engine):
+def test_handlers_time_profiler_works(engine):
     def busy(engine):
         sum(range(1000))
 

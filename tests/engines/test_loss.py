@@ -20,7 +20,7 @@ from camshaft import (
 
 @pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
 @pytest.mark.parametrize("loss_weight", ["batch", "samples"])
-def test_loss_and_output_are_undivided_under_accumulation(amp, loss_weight):
+def test_loss_and_output_are_not_divided_by_the_accumulation_steps(amp, loss_weight):
     model = linear()
     trainer = trainer_of(model, amp=amp, accumulation_steps=4, loss_weight=loss_weight)
     before = collect(trainer, StepEvents.BACKWARD_STARTED, lambda e: e.state.loss.detach())
@@ -34,14 +34,14 @@ def test_loss_and_output_are_undivided_under_accumulation(amp, loss_weight):
     assert same(outputs, expected)
 
 
-def test_output_is_detached_and_on_the_models_device():
+def test_the_output_is_detached_and_on_the_device_of_the_model():
     trainer = trainer_of()
     trainer.run(batches(1))
     output = trainer.state.output
     assert (output.requires_grad, output.grad_fn, output.device, output.shape) == (False, None, torch.device("cpu"), ())
 
 
-def test_handler_may_replace_the_loss():
+def test_a_handler_may_replace_the_loss():
     model = linear()
     trainer = trainer_of(model)
 
@@ -73,31 +73,31 @@ BAD_LOSSES = {
 }
 
 
-def named(function):
+def with_a_name(function):
     function.__qualname__ = "users_own"
     return function
 
 
 @pytest.mark.parametrize("kind", BAD_LOSSES)
 @pytest.mark.parametrize("amp", [None, "fp16"])
-def test_loss_that_can_not_go_backward(kind, amp):
+def test_a_loss_that_cannot_be_differentiated_raises(kind, amp):
     function, error, match = BAD_LOSSES[kind]
     with pytest.raises(error, match=rf"loss_fn users_own\b.*{match}") as caught:
-        trainer_of(loss_fn=named(function), amp=amp, accumulation_steps=2).run(batches())
+        trainer_of(loss_fn=with_a_name(function), amp=amp, accumulation_steps=2).run(batches())
     assert names_iteration(caught, 1)
 
 
 @pytest.mark.parametrize("kind", BAD_LOSSES)
-def test_result_of_compute_loss_that_can_not_go_backward(kind):
+def test_a_result_of_compute_loss_that_cannot_be_differentiated_raises(kind):
     function, error, match = BAD_LOSSES[kind]
     model = linear()
-    objective = named(lambda model, batch: function(model(batch[0]), batch[1]))
+    objective = with_a_name(lambda model, batch: function(model(batch[0]), batch[1]))
     with pytest.raises(error, match=rf"compute_loss users_own\b.*{match}") as caught:
         create_trainer(model, sgd(model), None, compute_loss=objective).run(batches())
     assert names_iteration(caught, 1)
 
 
-def test_model_in_which_everything_is_frozen():
+def test_a_frozen_model_raises():
     model = linear()
     optimizer = sgd(model)
     freeze(model, "*")
@@ -106,7 +106,7 @@ def test_model_in_which_everything_is_frozen():
     assert names_iteration(caught, 1)
 
 
-def test_users_function_that_raises_is_told_with_its_iteration():
+def test_an_exception_of_the_loss_function_names_the_iteration():
     def loss_fn(y_pred, y):
         if not y.any():
             raise ZeroDivisionError("no labels")
@@ -118,7 +118,7 @@ def test_users_function_that_raises_is_told_with_its_iteration():
 
 
 @pytest.mark.parametrize("loss_fn", ["mse", None])
-def test_loss_fn_that_is_none(loss_fn):
+def test_a_loss_fn_that_is_not_callable_raises(loss_fn):
     model = linear()
     with pytest.raises(TypeError, match="loss_fn must be callable.*compute_loss"):
         create_trainer(model, sgd(model), loss_fn)
@@ -132,12 +132,12 @@ def test_loss_fn_that_is_none(loss_fn):
     ],
     ids=["loss_fn", "model_transform"],
 )
-def test_class_in_place_of_a_function(argument, value, what):
+def test_a_class_instead_of_a_function_raises(argument, value, what):
     with pytest.raises(TypeError, match=f"{argument} must be {what}"):
         trainer_of(**{argument: value})
 
 
-def test_class_in_place_of_compute_loss():
+def test_a_class_instead_of_compute_loss_raises():
     class Objective:
         def __call__(self, model, batch):
             return mse_loss(model(batch[0]), batch[1])
@@ -150,7 +150,7 @@ def test_class_in_place_of_compute_loss():
     assert create_trainer(model, sgd(model), None, compute_loss=Objective()).run(batches()).optimizer_step == 3
 
 
-def test_class_that_serves_as_a_function():
+def test_a_class_can_be_used_as_a_function():
     seen = namedtuple("seen", ["x", "y", "y_pred", "loss"])
     loss_fn = lambda rows, y: mse_loss(torch.stack(rows), y)  # noqa: E731
     state = trainer_of(loss_fn=loss_fn, model_transform=tuple, output_transform=seen).run(batches())
@@ -166,7 +166,7 @@ def test_class_that_serves_as_a_function():
         ("prepare_batch", lambda batch, device, non_blocking: batch),
     ],
 )
-def test_compute_loss_with_what_it_replaces(argument, value):
+def test_compute_loss_with_an_argument_that_it_replaces_raises(argument, value):
     model = linear()
     with pytest.raises(ValueError, match=f"compute_loss .* {argument} can't be used"):
         create_trainer(model, sgd(model), **{"loss_fn": None, "compute_loss": lambda model, batch: 0, argument: value})

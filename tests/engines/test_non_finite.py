@@ -1,4 +1,4 @@
-"""A NaN in the data, with and without a guard."""
+"""NaN in the data, with and without `NonFiniteGuard`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def with_nan(at):
     return data
 
 
-def test_nan_without_a_guard_is_as_in_a_plain_loop():
+def test_a_nan_without_a_guard_gives_the_result_of_a_plain_loop():
     model, expected = linear(), linear()
     losses = []
     trainer = trainer_of(model)
@@ -36,7 +36,7 @@ def test_nan_without_a_guard_is_as_in_a_plain_loop():
 
 
 @pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
-def test_nan_with_a_guard_that_raises(amp):
+def test_a_nan_with_a_guard_that_raises(amp):
     model, expected = linear(), linear()
     trainer = trainer_of(model, amp=amp)
     NonFiniteGuard().attach(trainer)
@@ -48,7 +48,7 @@ def test_nan_with_a_guard_that_raises(amp):
 
 
 @pytest.mark.parametrize(("action", "step", "skipped"), [("skip", 2, 1), ("stop", 1, 1)])
-def test_nan_with_a_guard_that_does_not_raise(action, step, skipped):
+def test_a_nan_with_a_guard_that_skips_or_stops(action, step, skipped):
     model = linear()
     trainer = trainer_of(model)
     NonFiniteGuard(action).attach(trainer)

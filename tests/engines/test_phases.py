@@ -1,4 +1,4 @@
-"""Phases of one's own: any alternating scheme, by the same step as the supervised trainer's."""
+"""Custom phases: alternating schemes that use the same step as the supervised trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ignite.engine import Events
 from torch import nn
 from torch.nn.functional import mse_loss
 from toys import batches, linear, same, sgd, trainer_of, weights
-from training_loops import hand_losses
+from training_loops import train_and_record_losses
 
 from camshaft import (
     GradientAccumulation,
@@ -36,7 +36,7 @@ def data(batches=6):
     return [torch.randn(4, 2) for _ in range(batches)]
 
 
-def test_one_phase_is_the_loop_by_hand():
+def test_one_phase_equals_a_loop_written_by_hand():
     module, batches = network(), data()
     twin = network()
     twin.load_state_dict(module.state_dict())
@@ -49,7 +49,7 @@ def test_one_phase_is_the_loop_by_hand():
     assert torch.equal(module.weight, twin.weight)
 
 
-def test_three_phases_follow_the_first_at_their_intervals():
+def test_later_phases_run_at_their_intervals():
     trainer = Trainer([phase("lead"), phase("second", interval=2), phase("third", interval=3)])
     order = []
     trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda engine: order.append(engine.state.phase))
@@ -58,7 +58,7 @@ def test_three_phases_follow_the_first_at_their_intervals():
     assert order == sum(expected, [])
 
 
-def test_each_phase_has_its_own_window_precision_clipping_and_schedule():
+def test_each_phase_has_its_own_settings():
     phases = [phase("lead"), phase("follower", interval=2)]
     trainer = Trainer(phases)
     MixedPrecision("bf16", phase="follower").attach(trainer)
@@ -77,7 +77,7 @@ def test_each_phase_has_its_own_window_precision_clipping_and_schedule():
     assert trainer.learning_rates("follower") == [("follower/lr", 0.1 * 0.5**2)]
 
 
-def test_the_step_clock_is_that_of_the_phase_whose_events_fire():
+def test_the_step_clock_is_that_of_the_running_phase():
     trainer = Trainer([phase("lead"), phase("follower", interval=3)])
     seen = []
     trainer.add_event_handler(
@@ -88,7 +88,7 @@ def test_the_step_clock_is_that_of_the_phase_whose_events_fire():
     assert trainer.state.optimizer_step == 2
 
 
-def test_a_step_that_a_handler_refuses_gives_no_turn():
+def test_a_skipped_step_does_not_count_towards_the_interval():
     trainer = Trainer([phase("lead"), phase("follower")])
 
     @trainer.on(StepEvents.GRADIENTS_READY(phase="lead", once=2))
@@ -102,7 +102,7 @@ def test_a_step_that_a_handler_refuses_gives_no_turn():
 
 
 @pytest.mark.parametrize("place", ["lead", "follower"])
-def test_modules_named_as_frozen_get_no_gradient_in_either_place(place):
+def test_frozen_modules_get_no_gradient(place):
     other = network()
     other.bias.requires_grad_(False)
     own = network()
@@ -118,7 +118,7 @@ def test_modules_named_as_frozen_get_no_gradient_in_either_place(place):
     assert [p.requires_grad for p in other.parameters()] == [True, False]
 
 
-def test_frozen_modules_are_as_before_where_the_objective_fails():
+def test_frozen_modules_are_restored_after_an_exception():
     other = network()
 
     def fail(engine, batch):
@@ -129,7 +129,7 @@ def test_frozen_modules_are_as_before_where_the_objective_fails():
     assert all(p.requires_grad for p in other.parameters())
 
 
-def test_named_losses_of_every_phase_are_kept_in_the_state():
+def test_the_state_has_the_named_losses_of_every_phase():
     module = network()
 
     def objective(engine, batch):
@@ -145,7 +145,7 @@ def test_named_losses_of_every_phase_are_kept_in_the_state():
     assert not outputs[1]["size"].requires_grad
 
 
-def test_named_losses_come_back_from_a_checkpoint():
+def test_named_losses_are_restored_from_a_checkpoint():
     def make():
         module = network()
         follower = phase("follower", module, lambda engine, batch: {"loss": module(batch).mean(), "part": torch.tensor(3.0)})
@@ -157,7 +157,7 @@ def test_named_losses_come_back_from_a_checkpoint():
     assert second.state.losses == {"part": torch.tensor(3.0)}
 
 
-def test_an_open_window_at_the_end_of_data_of_unknown_length_is_followed_after_a_resume():
+def test_later_phases_run_after_a_resume_at_the_end_of_data_of_unknown_length():
     class Stream:
         def __iter__(self):
             return iter([torch.full((4, 2), float(n)) for n in range(3)])
@@ -195,19 +195,19 @@ def test_an_open_window_at_the_end_of_data_of_unknown_length_is_followed_after_a
         (lambda: Trainer([phase("a"), phase("a")]), ValueError, "every phase needs a name of its own"),
     ],
 )
-def test_schemes_that_can_t_be_are_errors(make, error, text):
+def test_invalid_phases_raise(make, error, text):
     with pytest.raises(error, match=text):
         make()
 
 
-def test_two_phases_can_t_train_the_same_parameters():
+def test_two_phases_with_the_same_parameters_raise():
     shared = network()
     with pytest.raises(ValueError, match="phases 'a' and 'b' hold the same parameters"):
         Trainer([phase("a", shared), phase("b", shared)])
 
 
 @pytest.mark.parametrize("result", [None, 1.0, {"size": 2}, torch.ones(3, requires_grad=True), torch.tensor(1.0)], ids=str)
-def test_a_loss_that_can_t_go_backward_names_the_phase_or_the_objective(result):
+def test_a_loss_that_cannot_be_differentiated_names_the_phase_or_the_objective(result):
     def objective(engine, batch):
         return result
 
@@ -216,7 +216,7 @@ def test_a_loss_that_can_t_go_backward_names_the_phase_or_the_objective(result):
 
 
 class Counted(torch.optim.SGD):
-    """An optimizer that lets go of gradients in a way of its own."""
+    """An optimizer that overrides ``zero_grad``."""
 
     zeroed = 0
 
@@ -225,7 +225,7 @@ class Counted(torch.optim.SGD):
         super().zero_grad(set_to_none)
 
 
-def test_an_optimizer_with_a_zero_grad_of_its_own_is_asked():
+def test_an_overridden_zero_grad_is_called():
     model = torch.nn.Linear(4, 2)
     optimizer = Counted(model.parameters(), lr=0.1)
     trainer = Trainer([Phase("model", model, optimizer, lambda engine, batch: model(batch).square().mean())])
@@ -233,7 +233,7 @@ def test_an_optimizer_with_a_zero_grad_of_its_own_is_asked():
     assert optimizer.zeroed == 5
 
 
-def test_a_layer_that_a_network_gains_gets_no_gradient_in_the_others_turn():
+def test_a_layer_added_later_gets_no_gradient_in_other_phases():
     body, judge = network(), nn.Sequential(nn.Linear(1, 1))
     lead = phase("judge", judge, lambda engine, x: judge(x[:, :1]).mean())
     trainer = Trainer([lead, phase("body", body, lambda engine, x: judge(body(x)).mean(), frozen=(judge,))])
@@ -259,17 +259,17 @@ def two_phases(interval=1, **second_options):
     )
 
 
-def test_two_phases_train_each_like_a_loop_of_its_own():
+def test_each_of_two_phases_equals_a_separate_loop():
     trainer = two_phases(interval=2)
     trainer.run(batches(5))
     data = batches(5)
-    assert same(weights(trainer.phases["first"].module), weights(hand_losses(data)[1]))
-    assert same(weights(trainer.phases["second"].module), weights(hand_losses([data[1], data[3]])[1]))
+    assert same(weights(trainer.phases["first"].module), weights(train_and_record_losses(data)[1]))
+    assert same(weights(trainer.phases["second"].module), weights(train_and_record_losses([data[1], data[3]])[1]))
     assert trainer.phases["first"].optimizer_step == 5
     assert trainer.phases["second"].optimizer_step == trainer.state.optimizer_step == 2
 
 
-def test_handlers_of_one_phase_leave_the_other_alone():
+def test_a_handler_of_one_phase_does_not_affect_the_other():
     trainer = two_phases()
     GradientClipping(1e-3, phase="first").attach(trainer)
     norms = {}
@@ -279,7 +279,7 @@ def test_handlers_of_one_phase_leave_the_other_alone():
     assert norms["second"] is None
 
 
-def test_the_history_of_two_phases_has_their_names():
+def test_the_learning_rates_of_two_phases_are_labelled_by_phase():
     trainer = two_phases(interval=2)
     history = LRHistory().attach(trainer)
     trainer.run(batches(4))
@@ -289,7 +289,7 @@ def test_the_history_of_two_phases_has_their_names():
     }
 
 
-def test_accumulation_in_the_first_phase_alone():
+def test_accumulation_can_be_set_for_the_first_phase_alone():
     trainer = two_phases()
     GradientAccumulation(2, phase="first").attach(trainer)
     trainer.run(batches(4))
@@ -297,7 +297,7 @@ def test_accumulation_in_the_first_phase_alone():
     assert [phase.forward_passes for phase in trainer.phases.values()] == [4, 2]
 
 
-def test_frozen_modules_of_a_phase_get_no_gradient_and_train_again_afterwards():
+def test_frozen_modules_require_gradients_again_after_the_phase():
     critic, maker = linear(), linear()
     seen = []
 
@@ -314,7 +314,7 @@ def test_frozen_modules_of_a_phase_get_no_gradient_and_train_again_afterwards():
     assert critic.weight.requires_grad
 
 
-def wrong_phases():
+def invalid_phases():
     model = linear()
     phase = Phase("a", model, sgd(model), lambda engine, batch: None)
     other = linear()
@@ -326,13 +326,13 @@ def wrong_phases():
     }
 
 
-@pytest.mark.parametrize("name", wrong_phases())
-def test_phases_that_make_no_trainer_are_an_error(name):
-    phases, error, text = wrong_phases()[name]
+@pytest.mark.parametrize("name", invalid_phases())
+def test_a_trainer_of_invalid_phases_raises(name):
+    phases, error, text = invalid_phases()[name]
     with pytest.raises(error, match=text):
         Trainer(phases)
 
 
-def test_a_handler_for_an_unknown_phase_is_an_error():
+def test_a_handler_for_an_unknown_phase_raises():
     with pytest.raises(ValueError, match=r"phase must be one of \['model'\], got 'critic'"):
         GradientClipping(1.0, phase="critic").attach(trainer_of())

@@ -1,4 +1,4 @@
-"""A trainer or evaluator that goes out of scope is freed at once, without the cycle collector."""
+"""Trainers and evaluators are freed as soon as they go out of scope, without the cyclic garbage collector."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ mse = torch.nn.functional.mse_loss
 
 @pytest.fixture(autouse=True)
 def no_collector():
-    trainer_of(amp="fp16")  # torch imports some modules lazily, whose first exceptions keep frames until they are collected
+    trainer_of(amp="fp16")  # torch imports some modules lazily, and their first exceptions keep frames alive
     gc.collect()
     gc.disable()
     yield
@@ -26,7 +26,7 @@ def no_collector():
 
 
 def assert_freed(make, use=lambda engine: engine.run(batches())):
-    """Makes an engine, uses it, and drops it."""
+    """Makes an engine, uses it, and checks that it is freed when the last reference is deleted."""
     engine = make()
     watched = [weakref.ref(engine), *(weakref.ref(phase.module) for phase in getattr(engine, "phases", {}).values())]
     use(engine)
@@ -34,13 +34,13 @@ def assert_freed(make, use=lambda engine: engine.run(batches())):
     assert [found for reference in watched if (found := reference()) is not None] == []
 
 
-def gan():
+def make_gan():
     generator, critic = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
     penalty = camshaft.GradientPenalty()
     return create_gan_trainer(generator, critic, sgd(generator), sgd(critic), latent=2, penalty=penalty)
 
 
-def with_everything():
+def with_every_option():
     model = linear()
     optimizer = sgd(model)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -49,12 +49,12 @@ def with_everything():
     )
 
 
-def of_phases():
+def custom_phases():
     model = linear()
     return Trainer([Phase("model", model, sgd(model), lambda engine, batch: model(batch[0]).mean())])
 
 
-def fails(engine):
+def run_and_fail(engine):
     def fail():
         raise RuntimeError("stop here")
 
@@ -63,22 +63,24 @@ def fails(engine):
         engine.run(batches())
 
 
-def is_terminated(engine):
+def run_and_terminate(engine):
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda trainer: trainer.terminate())
     engine.run(batches())
 
 
-@pytest.mark.parametrize("make", [trainer_of, with_everything, of_phases])
-@pytest.mark.parametrize("use", [lambda engine: None, lambda engine: engine.run(batches(), max_epochs=2), fails, is_terminated])
-def test_a_trainer(make, use):
+@pytest.mark.parametrize("make", [trainer_of, with_every_option, custom_phases])
+@pytest.mark.parametrize(
+    "use", [lambda engine: None, lambda engine: engine.run(batches(), max_epochs=2), run_and_fail, run_and_terminate]
+)
+def test_a_trainer_is_freed(make, use):
     assert_freed(make, use)
 
 
-def test_a_gan():
-    assert_freed(gan, lambda trainer: trainer.run([torch.randn(4, 3)] * 3))
+def test_a_gan_trainer_is_freed():
+    assert_freed(make_gan, lambda trainer: trainer.run([torch.randn(4, 3)] * 3))
 
 
-def test_a_trainer_with_filtered_handlers_and_profilers():
+def test_a_trainer_with_filtered_handlers_is_freed():
     def use(trainer):
         trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda engine: None)
         trainer.add_event_handler(camshaft.StepEvents.GRADIENTS_READY(phase="model", every=2), lambda engine: None)
@@ -88,11 +90,11 @@ def test_a_trainer_with_filtered_handlers_and_profilers():
     assert_freed(trainer_of, use)
 
 
-def test_an_evaluator():
+def test_an_evaluator_is_freed():
     assert_freed(lambda: create_evaluator(linear(), metrics={}))
 
 
-def test_an_evaluation_inside_a_trainer(tmp_path):
+def test_a_trainer_with_an_evaluation_is_freed(tmp_path):
     def use(trainer):
         accuracy = Accuracy(lambda output: (output[0] > 0, output[1] > 0))
         evaluator = create_evaluator(trainer.primary.module, metrics={"accuracy": accuracy})
@@ -102,7 +104,7 @@ def test_an_evaluation_inside_a_trainer(tmp_path):
     assert_freed(trainer_of, use)
 
 
-def test_a_trainer_whose_checkpoints_are_still_looked_at(tmp_path):
+def test_a_trainer_is_freed_while_its_checkpoint_handler_is_in_use(tmp_path):
     kept = []
 
     def use(trainer):
@@ -113,7 +115,7 @@ def test_a_trainer_whose_checkpoints_are_still_looked_at(tmp_path):
     assert kept[0].last is not None
 
 
-def test_a_resumed_trainer(tmp_path):
+def test_a_resumed_trainer_is_freed(tmp_path):
     trainer = trainer_of()
     CheckpointRotation(tmp_path).attach(trainer)
     trainer.run(batches(), max_epochs=1)

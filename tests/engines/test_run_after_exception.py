@@ -13,7 +13,7 @@ from camshaft import (
 
 
 class Stream(IterableDataset):
-    """Data that can be passed over again and again, but not counted."""
+    """Data without a length that can be iterated over repeatedly."""
 
     def __init__(self, data=()):
         self.data = data
@@ -23,7 +23,7 @@ class Stream(IterableDataset):
 
 
 class Broken(Stream):
-    """A loader that fails after its last batch."""
+    """A loader that raises after its last batch."""
 
     def __iter__(self):
         yield from self.data
@@ -38,14 +38,14 @@ MOMENTS = [
 
 
 def small_batches():
-    """Without an overflow in half precision."""
+    """Small values, which do not overflow in half precision."""
     return [(0.1 * x, 0.1 * y) for x, y in batches()]
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("event", MOMENTS, ids=lambda event: event.name)
-def test_next_run_after_an_exception_trains_whole_epochs(event, accumulation_steps):
-    """It goes on with the next epoch, as after ``terminate()``, and nothing of the window that was open is left."""
+def test_the_next_run_after_an_exception_trains_complete_epochs(event, accumulation_steps):
+    """It continues with the next epoch, as after ``terminate()``, and discards the open window."""
     model, expected = linear(), linear()
     trainer = trainer_of(model, accumulation_steps=accumulation_steps, amp="fp16")
     if event is StepEvents.OPTIMIZER_STEP_SKIPPED:
@@ -63,7 +63,7 @@ def test_next_run_after_an_exception_trains_whole_epochs(event, accumulation_ste
 
 
 @pytest.mark.parametrize("event", [*list(StepEvents)[:-1], Events.STARTED, Events.COMPLETED], ids=lambda event: event.name)
-def test_run_after_an_exception_in_its_last_epoch_begins_anew(event):
+def test_a_run_after_an_exception_in_the_last_epoch_starts_again(event):
     trainer, seen = trainer_of(), []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(trainer.state.iteration))
     with trainer.add_event_handler(event, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
@@ -74,7 +74,7 @@ def test_run_after_an_exception_in_its_last_epoch_begins_anew(event):
 
 
 @pytest.mark.parametrize("bad", [[], [None] * 3, Broken()], ids=["empty", "no pairs", "broken"])
-def test_trainer_runs_after_bad_data(bad):
+def test_a_trainer_can_run_after_invalid_data(bad):
     model, expected = linear(), linear()
     trainer = trainer_of(model)
     with pytest.raises((ValueError, TypeError, OSError), match="size|pair|disk"):

@@ -1,4 +1,4 @@
-"""What a step costs, in counts: events, calls, waits, memory. Times are the benchmark's."""
+"""The cost of a step, in events, calls, synchronizations and memory. The benchmarks measure time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from camshaft import (
 )
 from camshaft.engines.loop import no_handlers
 
-WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
-"""What makes the host wait for the device."""
+SYNCING_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+"""Tensor methods that make the host wait for the device."""
 BATCHES = 12
 
 
@@ -38,12 +38,12 @@ def make(**options):
     return create_trainer(model, optimizer, nn.functional.mse_loss, **options), data
 
 
-class Waits:
-    """Counts the calls, on any tensor, that make the host wait."""
+class SyncCounter:
+    """Counts the calls, on any tensor, of methods that make the host wait for the device."""
 
     def __init__(self):
         self.counted = Counter()
-        self._patches = [mock.patch.object(torch.Tensor, name, self._counting(name)) for name in WAITS]
+        self._patches = [mock.patch.object(torch.Tensor, name, self._counting(name)) for name in SYNCING_METHODS]
 
     def _counting(self, name):
         original = getattr(torch.Tensor, name)
@@ -64,9 +64,9 @@ class Waits:
             patch.stop()
 
 
-def waits_of_an_epoch(trainer, data):
-    """The waits of the epoch's iterations; what surrounds them may wait once."""
-    waits = Waits()
+def syncs_of_an_epoch(trainer, data):
+    """The synchronizations inside the iterations of an epoch. Those before and after are not counted."""
+    waits = SyncCounter()
     trainer.add_event_handler(Events.EPOCH_STARTED, waits.__enter__)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, waits.__exit__)
     trainer.run(data)
@@ -75,7 +75,7 @@ def waits_of_an_epoch(trainer, data):
 
 @pytest.fixture
 def fired(monkeypatch):
-    """The names of the events that any trainer fires, in order."""
+    """The names of the events that trainers fire, in order."""
     from camshaft.engines.loop import LoopEngine
 
     names, original = [], LoopEngine._fire_event
@@ -88,7 +88,7 @@ def fired(monkeypatch):
     return names
 
 
-def test_an_iteration_without_listeners_fires_nothing(fired):
+def test_an_iteration_without_handlers_fires_nothing(fired):
     trainer, data = make()
     trainer.run(data)
     inside = {event.name for event in StepEvents} | {"ITERATION_STARTED", "ITERATION_COMPLETED", "GET_BATCH_STARTED"}
@@ -96,7 +96,7 @@ def test_an_iteration_without_listeners_fires_nothing(fired):
     assert fired.count("EPOCH_COMPLETED") == 1
 
 
-def test_an_event_with_a_listener_fires_alone(fired):
+def test_only_an_event_with_a_handler_fires(fired):
     trainer, data = make(accumulation_steps=4)
     trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda: None)
     trainer.run(data)
@@ -104,7 +104,7 @@ def test_an_event_with_a_listener_fires_alone(fired):
     assert counts == {"GRADIENTS_CLIPPED": BATCHES // 4}
 
 
-def test_a_removed_listener_costs_as_little_as_none(fired):
+def test_a_removed_handler_leaves_no_cost(fired):
     trainer, data = make()
     handle = trainer.add_event_handler(StepEvents.FORWARD_STARTED, lambda: None)
     handle.remove()
@@ -120,7 +120,7 @@ def test_events_without_handlers_fire_one_shared_function():
 
 
 @pytest.mark.parametrize(("event", "calls"), [(StepEvents.GRADIENTS_READY, BATCHES), (StepEvents.GRADIENTS_READY(every=5), 2)])
-def test_a_handler_is_called_when_its_filter_says_so_and_not_otherwise(event, calls):
+def test_a_handler_is_called_only_if_its_filter_matches(event, calls):
     trainer, data = make()
     seen = []
     trainer.add_event_handler(event, lambda: seen.append(1))
@@ -128,7 +128,7 @@ def test_a_handler_is_called_when_its_filter_says_so_and_not_otherwise(event, ca
     assert len(seen) == calls
 
 
-def test_a_filter_by_count_is_decided_without_a_call():
+def test_a_count_filter_needs_no_function_call():
     trainer, data = make()
     event = StepEvents.GRADIENTS_READY(every=5)
     asked, original = [], event.filter
@@ -139,7 +139,7 @@ def test_a_filter_by_count_is_decided_without_a_call():
     assert asked == []
 
 
-def test_the_batch_is_not_moved_where_it_is_on_the_device(monkeypatch):
+def test_a_batch_on_the_device_is_not_moved(monkeypatch):
     trainer, data = make()
     moved, original = [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: moved.append(1) or original(self, *args, **kwargs))
@@ -147,7 +147,7 @@ def test_the_batch_is_not_moved_where_it_is_on_the_device(monkeypatch):
     assert moved == []
 
 
-def test_training_mode_is_set_once():
+def test_training_mode_is_set_only_once():
     trainer, data = make()
     model, calls = trainer.primary.module.eval(), []
     with mock.patch.object(nn.Sequential, "train", lambda self, mode=True: calls.append(1) or nn.Module.train(self, mode)):
@@ -156,39 +156,39 @@ def test_training_mode_is_set_once():
     assert len(calls) == 1
 
 
-def test_nothing_in_a_step_waits_for_the_device():
+def test_a_step_does_not_synchronize_with_the_device():
     trainer, data = make(clip_grad_norm=1.0, scheduled=True, accumulation_steps=2)
     LRHistory().attach(trainer)
-    assert waits_of_an_epoch(trainer, data) == {}
+    assert syncs_of_an_epoch(trainer, data) == {}
 
 
-def test_an_average_of_the_weights_asks_nothing_but_the_counter_that_torch_keeps_on_the_host():
+def test_averaging_weights_reads_only_a_counter_on_the_host():
     trainer, data = make()
     average = ExponentialMovingAverage(0.9).attach(trainer)
-    counted = waits_of_an_epoch(trainer, data)
+    counted = syncs_of_an_epoch(trainer, data)
     assert set(counted) == {"__bool__"}  # AveragedModel: "if self.n_averaged == 0", twice an update
     assert counted["__bool__"] <= 2 * BATCHES
     assert average.averaged.n_averaged.device.type == "cpu"
 
 
-def test_the_count_of_waits_finds_a_wait():
+def test_the_counter_detects_a_synchronization():
     trainer, data = make()
     trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda engine: float(engine.state.loss))
-    assert waits_of_an_epoch(trainer, data)["__float__"] == BATCHES
+    assert syncs_of_an_epoch(trainer, data)["__float__"] == BATCHES
 
 
 @pytest.mark.parametrize("amp", ["fp16", None])
 def test_scaler_and_guard_share_one_transfer_per_optimizer_step(amp):
     trainer, data = make(amp=amp, accumulation_steps=3, clip_grad_norm=1.0)
     NonFiniteGuard("skip").attach(trainer)
-    waits = waits_of_an_epoch(trainer, data)
+    waits = syncs_of_an_epoch(trainer, data)
     assert waits["tolist"] == BATCHES // 3
 
 
-def test_the_progress_bar_reads_the_loss_only_when_it_draws():
+def test_the_progress_bar_reads_the_loss_only_when_it_refreshes():
     trainer, data = make()
     Progress(every_seconds=1e9, file=mock.MagicMock()).attach(trainer)
-    assert sum(waits_of_an_epoch(trainer, data).values()) <= 1
+    assert sum(syncs_of_an_epoch(trainer, data).values()) <= 1
 
 
 @pytest.mark.slow
@@ -208,10 +208,10 @@ def test_memory_does_not_grow_over_ten_thousand_iterations():
         trainer.run(data, max_iters=11_000)
     finally:
         tracemalloc.stop()
-    assert held[10_999] - held[1_000] < 40_000  # one number kept at each step would make 120,000
+    assert held[10_999] - held[1_000] < 40_000  # one number kept per step would make 120,000
 
 
-def test_the_history_of_rates_takes_sixteen_bytes_a_step():
+def test_the_learning_rate_history_uses_sixteen_bytes_per_step():
     trainer, data = make()
     history = LRHistory().attach(trainer)
     trainer.run(data, max_epochs=100)
@@ -219,7 +219,7 @@ def test_the_history_of_rates_takes_sixteen_bytes_a_step():
     assert sum(column.itemsize * len(column) for column in held) == 16 * BATCHES * 100
 
 
-def test_nothing_of_the_graph_outlives_the_iteration():
+def test_the_autograd_graph_is_freed_after_each_iteration():
     trainer, data = make(clip_grad_norm=1.0)
     ExponentialMovingAverage(0.9).attach(trainer)
     NonFiniteGuard().attach(trainer)
@@ -236,7 +236,7 @@ def test_nothing_of_the_graph_outlives_the_iteration():
     assert [reference() for reference in graph] == [None] * 2
 
 
-def test_what_the_state_shows_between_iterations_has_no_graph():
+def test_the_state_between_iterations_has_no_graph():
     trainer, data = make()
     shown = []
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from toys import batches, collect, linear, same, sgd, trainer_of, weights
-from training_loops import by_hand
+from training_loops import train_by_hand
 
 from camshaft import (
     Events,
@@ -22,7 +22,7 @@ from camshaft import (
 )
 
 
-def test_trainer_is_an_engine_of_ignite():
+def test_a_trainer_is_an_ignite_engine():
     trainer = trainer_of()
     assert isinstance(trainer, Trainer)
     assert isinstance(trainer, Engine)
@@ -32,10 +32,10 @@ def test_compute_loss_replaces_model_and_loss_fn():
     model = linear()
     trainer = create_trainer(model, sgd(model), None, compute_loss=lambda model, batch: mse_loss(model(batch[0]), batch[1]))
     trainer.run(batches())
-    assert same(weights(model), by_hand(linear()))
+    assert same(weights(model), train_by_hand(linear()))
 
 
-def test_compute_loss_gets_the_trainers_model_and_the_whole_batch():
+def test_compute_loss_receives_the_model_and_the_complete_batch():
     model, seen = linear(), []
 
     def objective(model, batch):
@@ -47,7 +47,7 @@ def test_compute_loss_gets_the_trainers_model_and_the_whole_batch():
     assert seen == [(model, ["a", "b", "extra"])]
 
 
-def test_entries_beside_the_loss_are_kept_by_name_and_detached():
+def test_other_entries_of_compute_loss_are_kept_by_name_and_detached():
     model = linear()
 
     def objective(model, batch):
@@ -63,7 +63,7 @@ def test_entries_beside_the_loss_are_kept_by_name_and_detached():
     assert torch.equal(trainer.state.output, expected["loss"])
 
 
-def test_compute_loss_leaves_x_y_and_y_pred_empty():
+def test_compute_loss_leaves_x_y_and_y_pred_unset():
     model = linear()
     trainer = create_trainer(model, sgd(model), None, compute_loss=lambda model, batch: model(batch[0]).mean())
     seen = collect(trainer, StepEvents.FORWARD_COMPLETED, lambda e: (e.state.x, e.state.y, e.state.y_pred))
@@ -89,11 +89,11 @@ def test_model_transform_is_applied_before_the_loss():
     trainer = trainer_of(model, model_transform=lambda out: 3 * out)
     seen = collect(trainer, StepEvents.FORWARD_COMPLETED, lambda e: e.state.y_pred.detach() / 3)
     trainer.run(batches())
-    assert same(weights(model), by_hand(linear(), loss_fn=lambda y_pred, y: mse_loss(3 * y_pred, y)))
+    assert same(weights(model), train_by_hand(linear(), loss_fn=lambda y_pred, y: mse_loss(3 * y_pred, y)))
     torch.testing.assert_close(seen[0], linear()(batches()[0][0]).detach())
 
 
-def test_output_transform_gets_detached_tensors():
+def test_output_transform_receives_detached_tensors():
     seen = []
 
     def transform(x, y, y_pred, loss):
@@ -123,7 +123,7 @@ def two_optimizers(model):
 
 
 @pytest.mark.parametrize("sequence", [list, tuple])
-def test_several_optimizers_step_together(sequence):
+def test_several_optimizers_step_on_each_iteration(sequence):
     model, expected = two_layers(), two_layers()
     trainer = trainer_of(model, sequence(two_optimizers(model)))
     optimizers = two_optimizers(expected)
@@ -136,7 +136,7 @@ def test_several_optimizers_step_together(sequence):
     assert same(weights(model), weights(expected))
 
 
-def test_several_schedulers_step_together():
+def test_several_schedulers_step_on_each_iteration():
     model = two_layers()
     optimizers = two_optimizers(model)
     schedulers = [ExponentialLR(optimizers[0], 0.5), StepLR(optimizers[1], 2, gamma=0.1)]
@@ -145,7 +145,7 @@ def test_several_schedulers_step_together():
 
 
 @pytest.mark.parametrize(("every", "rate"), [("step", 0.1 * 0.5**6), ("epoch", 0.1 * 0.5**2)])
-def test_schedule_every_step_or_epoch(every, rate):
+def test_a_schedule_can_step_every_step_or_every_epoch(every, rate):
     model = linear()
     optimizer = sgd(model)
     trainer_of(model, optimizer, scheduler=ExponentialLR(optimizer, 0.5), schedule_every=every).run(batches(), max_epochs=2)
@@ -159,14 +159,14 @@ def test_one_optimizer_may_have_two_schedulers():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.05**3)
 
 
-def test_data_parallel_model():
+def test_a_data_parallel_model_is_trained():
     model = linear()
     trainer_of(nn.DataParallel(model)).run(batches(), max_epochs=2)
-    assert same(weights(model), by_hand(linear(), batches() * 2))
+    assert same(weights(model), train_by_hand(linear(), batches() * 2))
 
 
 class Scaled(nn.Module):
-    """A loss with a weight of its own."""
+    """A loss with a trainable weight."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ class Scaled(nn.Module):
         return mse_loss(y_pred * self.scale, y)
 
 
-def test_loss_with_parameters_of_its_own_is_trained_and_clipped():
+def test_parameters_of_the_loss_are_trained_and_clipped():
     model, loss_fn, expected, by_hand_loss = linear(), Scaled(), linear(), Scaled()
     optimizer = torch.optim.SGD([*model.parameters(), *loss_fn.parameters()], lr=0.1)
     trainer_of(model, optimizer, loss_fn, clip_grad_norm=0.1).run(batches())
@@ -191,7 +191,7 @@ def test_loss_with_parameters_of_its_own_is_trained_and_clipped():
     assert loss_fn.scale.item() != 1.0
 
 
-def test_parameters_that_the_optimizer_does_not_hold_stay():
+def test_parameters_that_are_not_in_the_optimizer_do_not_change():
     model = two_layers()
     before = weights(model[0])
     trainer_of(model, sgd(model[2])).run(batches())
@@ -220,8 +220,8 @@ def trainers_by_kind(model):
 
 
 @pytest.mark.parametrize("kind", trainers_by_kind(None))
-def test_nothing_of_the_graph_outlives_the_iteration(kind):
-    """A node of the graph that is remembered weakly is gone as soon as the iteration is over."""
+def test_the_autograd_graph_is_freed_after_each_iteration(kind):
+    """A weak reference to a node of the graph is dead as soon as the iteration is over."""
     model = linear()
     trainer = trainers_by_kind(model)[kind]()
     nodes, alive = [], []

@@ -20,7 +20,7 @@ def with_batch_norm():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
 
 
-def test_model_in_eval_mode_is_put_in_training_mode():
+def test_a_model_in_eval_mode_is_put_in_training_mode():
     model = with_batch_norm().eval()
     trainer = trainer_of(model)
     seen = collect(trainer, StepEvents.FORWARD_STARTED, lambda e: all(part.training for part in model.modules()))
@@ -28,7 +28,7 @@ def test_model_in_eval_mode_is_put_in_training_mode():
     assert seen == [True] * 3
 
 
-def test_model_left_in_eval_mode_by_a_handler_trains_again():
+def test_a_model_put_in_eval_mode_by_a_handler_trains_again():
     model = with_batch_norm()
     trainer = trainer_of(model)
     seen = collect(trainer, StepEvents.FORWARD_STARTED, lambda e: model.training)
@@ -38,7 +38,7 @@ def test_model_left_in_eval_mode_by_a_handler_trains_again():
 
 
 @pytest.mark.parametrize("put_in_eval_by_a_handler", [False, True])
-def test_frozen_batch_norm_stays_in_eval(put_in_eval_by_a_handler):
+def test_a_frozen_batch_norm_stays_in_eval_mode(put_in_eval_by_a_handler):
     model = with_batch_norm()
     model[1].eval()
     trainer = trainer_of(model)
@@ -50,7 +50,7 @@ def test_frozen_batch_norm_stays_in_eval(put_in_eval_by_a_handler):
     assert torch.equal(model[1].running_mean, torch.zeros(4))
 
 
-def test_batch_norm_frozen_after_the_trainer_was_made_stays_in_eval():
+def test_a_batch_norm_frozen_after_the_trainer_was_created_stays_in_eval_mode():
     model = with_batch_norm()
     trainer = trainer_of(model)
     model[1].eval()
@@ -59,7 +59,7 @@ def test_batch_norm_frozen_after_the_trainer_was_made_stays_in_eval():
     assert torch.equal(model[1].running_mean, torch.zeros(4))
 
 
-def test_the_model_is_put_in_training_mode_and_frozen_parts_stay_in_eval():
+def test_submodules_in_eval_mode_stay_in_eval_mode():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Dropout())
     model[1].eval()
     trainer = create_trainer(model, sgd(model), mse_loss)
@@ -68,7 +68,7 @@ def test_the_model_is_put_in_training_mode_and_frozen_parts_stay_in_eval():
     assert [model.training, model[0].training, model[1].training, model[2].training] == [True, True, False, True]
 
 
-def test_a_part_put_in_eval_mode_between_epochs_stays_there():
+def test_a_submodule_put_in_eval_mode_between_epochs_stays_in_eval_mode():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     trainer = create_trainer(model, sgd(model), mse_loss)
     trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: model[1].eval())

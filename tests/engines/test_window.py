@@ -1,4 +1,4 @@
-"""The window's policy with numbers, and that it follows its settings when it next opens."""
+"""The accumulation window: how each loss is scaled, and when changed settings apply."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def window_of(steps, loss_weight="batch", partial="step", left=INFINITE):
 
 
 def gather(window, losses, data):
-    """The shares of some batches, as the step takes them."""
+    """Adds batches to a window as the step does. Returns the scaled losses."""
     shares = []
     for loss, batch in zip(losses, data, strict=True):
         weight = window.batch_weight(batch)
@@ -36,7 +36,7 @@ def gather(window, losses, data):
     return shares
 
 
-def of_size(size):
+def batch_of(size):
     return torch.zeros(size, 2), torch.zeros(size)
 
 
@@ -53,56 +53,56 @@ def of_size(size):
         (1, "step", 1, 1),
     ],
 )
-def test_length_of_a_new_window(steps, partial, left, length):
+def test_the_length_of_a_new_window(steps, partial, left, length):
     assert window_of(steps, partial=partial, left=left).length == length
 
 
-def test_batches_share_the_mean_of_a_full_window():
+def test_each_loss_of_a_full_window_is_scaled_to_the_mean():
     window = window_of(4)
     assert gather(window, [4.0, 8.0, 2.0, 6.0], [None] * 4) == [1.0, 2.0, 0.5, 1.5]
     assert window.divisor() is None
 
 
-def test_batches_share_the_mean_of_a_window_known_to_be_shorter():
+def test_each_loss_of_a_shorter_window_is_scaled_to_its_mean():
     window = window_of(4, left=2)
     assert gather(window, [4.0, 8.0], [None] * 2) == [2.0, 4.0]
     assert window.divisor() is None
 
 
-def test_window_that_came_out_shorter_is_divided_by_what_is_missing():
+def test_gradients_of_a_window_that_ends_early_are_divided_by_its_missing_part():
     window = window_of(4)
     shares = gather(window, [4.0, 8.0, 2.0], [None] * 3)
     assert window.divisor() == 0.75
     assert sum(shares) / window.divisor() == pytest.approx((4 + 8 + 2) / 3, abs=1e-15)
 
 
-def test_samples_share_by_their_number():
+def test_losses_are_weighted_by_the_number_of_samples():
     window = window_of(3, "samples")
-    shares = gather(window, [4.0, 8.0, 2.0], [of_size(1), of_size(5), of_size(2)])
+    shares = gather(window, [4.0, 8.0, 2.0], [batch_of(1), batch_of(5), batch_of(2)])
     assert shares == [4.0, 40.0, 4.0]
     assert (window.weight, window.divisor()) == (8, 8)
 
 
-def test_weights_of_ones_own():
+def test_losses_are_weighted_by_a_custom_function():
     window = window_of(2, lambda batch: batch["tokens"])
     assert gather(window, [4.0, 8.0], [{"tokens": 3}, {"tokens": 0.5}]) == [12.0, 4.0]
     assert window.divisor() == 3.5
 
 
 @pytest.mark.parametrize("left", [INFINITE, 2])
-def test_weighted_window_that_is_cut_short_needs_no_correction(left):
+def test_a_weighted_window_that_ends_early_needs_no_correction(left):
     window = window_of(4, "samples", left=left)
-    gather(window, [4.0, 8.0], [of_size(1), of_size(5)])
+    gather(window, [4.0, 8.0], [batch_of(1), batch_of(5)])
     assert window.divisor() == 6
 
 
-def test_single_batch_of_a_weighted_window_has_its_plain_gradient():
+def test_the_gradient_of_a_single_weighted_batch_is_unchanged():
     window = window_of(1, "samples")
-    (share,) = gather(window, [3.0], [of_size(7)])
+    (share,) = gather(window, [3.0], [batch_of(7)])
     assert share / window.divisor() == 3.0
 
 
-def test_loss_of_a_window_of_one_is_handed_on_as_it_is():
+def test_the_loss_of_a_window_of_one_batch_is_not_scaled():
     loss = torch.tensor(3.0)
     assert window_of(1).scale_loss(loss, None) is loss
 
@@ -117,8 +117,8 @@ class Sentences:
     ("batch", "samples"),
     [
         (torch.zeros(5, 2), 5),
-        (of_size(3), 3),
-        ([of_size(3), of_size(4)], 3),
+        (batch_of(3), 3),
+        ([batch_of(3), batch_of(4)], 3),
         ({"name": "a", "x": torch.zeros(6)}, 6),
         (Sentences([2, 3], torch.zeros(2, 3)), 2),
         ((torch.tensor(1.0), torch.zeros(4, 1)), 4),  # a scalar has no length
@@ -126,25 +126,25 @@ class Sentences:
     ],
     ids=["tensor", "pair", "nested", "dict", "dataclass", "scalar first", "none first"],
 )
-def test_samples_are_the_length_of_the_first_tensor(batch, samples):
+def test_the_number_of_samples_is_the_length_of_the_first_tensor(batch, samples):
     assert window_of(2, "samples").batch_weight(batch) == samples
 
 
 @pytest.mark.parametrize("batch", [None, ("a", "b"), torch.tensor(1.0), {}])
-def test_batch_without_samples(batch):
+def test_a_batch_without_samples_raises(batch):
     with pytest.raises(TypeError, match="loss_weight='samples' needs a tensor with a length"):
         window_of(2, "samples").batch_weight(batch)
 
 
 @pytest.mark.parametrize("weight", [3, 2.5, 0, torch.tensor(4), torch.tensor([4.0])])
-def test_weight_is_a_number_on_the_host(weight):
+def test_a_weight_is_converted_to_a_number_on_the_host(weight):
     weighed = window_of(2, lambda batch: weight).batch_weight(None)
     assert weighed == float(weight)
     assert isinstance(weighed, (int, float))
 
 
 @pytest.mark.parametrize("weight", [-1, INFINITE, float("nan"), None, "3", torch.ones(2), torch.tensor(-1.0)])
-def test_weight_that_is_none(weight):
+def test_an_invalid_weight_raises(weight):
     def tokens(batch):
         return weight
 
@@ -152,42 +152,42 @@ def test_weight_that_is_none(weight):
         window_of(2, tokens).batch_weight(None)
 
 
-def test_window_of_no_weight_has_no_mean():
+def test_a_window_of_weight_zero_raises():
     window = window_of(2, lambda batch: 0)
     gather(window, [4.0, 8.0], [None, None])
     with pytest.raises(ValueError, match="weighs 0"):
         window.divisor()
 
 
-def test_open_window_ends_as_it_began():
+def test_an_open_window_keeps_its_settings():
     window = window_of(4)
     gather(window, [4.0], [None])
     window.configure(2, "samples")
     assert (window.length, window.steps, window.settings[0]) == (4, 4, 2)
-    assert gather(window, [8.0], [of_size(3)]) == [2.0]
+    assert gather(window, [8.0], [batch_of(3)]) == [2.0]
     window.reset()
     window.open(INFINITE)
     assert (window.length, window.loss_weight) == (2, "samples")
 
 
-def test_weights_do_not_outlive_their_window():
+def test_weights_are_cleared_after_each_window():
     window = window_of(2, "samples")
-    gather(window, [4.0, 8.0], [of_size(1), of_size(5)])
+    gather(window, [4.0, 8.0], [batch_of(1), batch_of(5)])
     window.reset()
     assert (window.batches, window.weight) == (0, 0.0)
 
 
-def test_state_of_an_open_window_comes_back():
+def test_the_state_of_an_open_window_is_restored():
     before, after = window_of(4, "samples"), window_of(4, "samples")
-    gather(before, [4.0, 8.0], [of_size(1), of_size(5)])
+    gather(before, [4.0, 8.0], [batch_of(1), batch_of(5)])
     after.load_state_dict(before.state_dict())
     for window in (before, after):
-        gather(window, [2.0, 1.0], [of_size(2), of_size(3)])
+        gather(window, [2.0, 1.0], [batch_of(2), batch_of(3)])
     assert (after.batches, after.divisor()) == (before.batches, before.divisor()) == (4, 11)
 
 
 def steps_of(trainer, data, **limits):
-    """The iterations after which the optimizer made a step."""
+    """The iterations in which the optimizer stepped."""
     made = []
     note = lambda: made.append(trainer.state.iteration)  # noqa: E731
     with trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, note):
@@ -216,7 +216,7 @@ def test_windows_never_cross_the_end_of_an_epoch(steps, partial, made, known):
     assert steps_of(trainer, batches(5) if known else Stream(), max_epochs=2) == made
 
 
-def test_partial_window_of_a_stream_is_closed_before_epoch_completed():
+def test_a_partial_window_of_a_stream_closes_before_epoch_completed():
     trainer, order = trainer_of(accumulation_steps=2), []
     for event in (StepEvents.OPTIMIZER_STEP_COMPLETED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
         trainer.add_event_handler(event, lambda _, name=event.name: order.append(name))
@@ -224,7 +224,7 @@ def test_partial_window_of_a_stream_is_closed_before_epoch_completed():
     assert order == ["ITERATION_COMPLETED", "OPTIMIZER_STEP_COMPLETED", "EPOCH_COMPLETED"]
 
 
-def test_change_takes_effect_when_the_next_window_opens():
+def test_a_change_of_settings_applies_to_the_next_window():
     trainer = trainer_of(accumulation_steps=3)
     (first,) = trainer.handlers.values()
 
@@ -236,7 +236,7 @@ def test_change_takes_effect_when_the_next_window_opens():
     assert steps_of(trainer, batches(10)) == [3, 6, 8, 10]
 
 
-def test_detaching_takes_the_setting_back():
+def test_detaching_restores_the_settings():
     trainer = trainer_of(accumulation_steps=3)
     with GradientAccumulation(2).attached(trainer, "for a while"):
         assert steps_of(trainer, batches(4)) == [2, 4]
@@ -244,8 +244,8 @@ def test_detaching_takes_the_setting_back():
 
 
 @pytest.mark.parametrize("event", [StepEvents.FORWARD_STARTED, StepEvents.FORWARD_COMPLETED, StepEvents.BACKWARD_STARTED])
-def test_setting_that_comes_while_the_first_batch_is_under_way_leaves_a_true_gradient(event):
-    """By hand: whatever windows come out, a step on some batches is the step on their union."""
+def test_settings_changed_during_the_first_batch_keep_the_gradient_correct(event):
+    """Compared with a loop written by hand: each step equals a step on all batches of its window."""
     data = batches(6, dtype=torch.float64)
     model, expected = linear(torch.float64), linear(torch.float64)
     trainer = trainer_of(model)
@@ -264,7 +264,7 @@ def test_setting_that_comes_while_the_first_batch_is_under_way_leaves_a_true_gra
     torch.testing.assert_close(weights(model), weights(expected), rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_of_parameters_that_get_none_stay_away():
+def test_parameters_without_a_gradient_keep_none():
     model = linear()
     model.unused = torch.nn.Parameter(torch.ones(2))
     before = model.unused.detach().clone()
@@ -274,7 +274,7 @@ def test_gradients_of_parameters_that_get_none_stay_away():
 
 
 def gradient_sum(model, data):
-    """The mean loss's gradient over some batches, by hand."""
+    """The gradient of the mean loss over batches, computed by hand."""
     twin = linear()
     twin.load_state_dict(model.state_dict())
     loss = sum(mse_loss(twin(x), y) for x, y in data) / len(data)
@@ -282,8 +282,8 @@ def gradient_sum(model, data):
     return twin.weight.grad
 
 
-def cut(trainer, how):
-    """Runs six batches in windows of four, with something that cuts the first window after two."""
+def run_with_early_end(trainer, how):
+    """Runs six batches in windows of four, and ends the first window after two batches."""
     ends = {
         "terminate_epoch": lambda: trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch()),
         "terminate": lambda: trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate()),
@@ -293,17 +293,17 @@ def cut(trainer, how):
 
 
 @pytest.mark.parametrize("how", ["terminate_epoch", "max_iters"])
-def test_a_window_cut_short_steps_on_its_true_mean(how):
+def test_a_window_that_ends_early_steps_on_its_mean_gradient(how):
     trainer, gradients = trainer_of(accumulation_steps=4), []
     model = model_of(trainer)
     trainer.add_event_handler(StepEvents.GRADIENTS_READY, lambda: gradients.append(model.weight.grad.clone()))
     expected = gradient_sum(model, batches(6)[:2])
-    cut(trainer, how)
+    run_with_early_end(trainer, how)
     assert trainer.state.optimizer_step == 1
     torch.testing.assert_close(gradients[0], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_terminate_epoch_drops_the_window_where_partial_windows_are_dropped():
+def test_terminate_epoch_drops_the_window_if_partial_windows_are_dropped():
     trainer = trainer_of(accumulation_steps=4, partial_window="drop")
     before = weights(model_of(trainer))
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch())
@@ -313,15 +313,15 @@ def test_terminate_epoch_drops_the_window_where_partial_windows_are_dropped():
     assert not trainer.window_is_open
 
 
-def test_terminate_leaves_the_window_open_and_makes_no_step():
+def test_terminate_keeps_the_window_open_without_a_step():
     trainer = trainer_of(accumulation_steps=4)
     before = weights(model_of(trainer))
-    assert cut(trainer, "terminate").optimizer_step == 0
+    assert run_with_early_end(trainer, "terminate").optimizer_step == 0
     assert same(weights(model_of(trainer)), before)
     assert trainer.window_is_open
 
 
-def test_an_exception_leaves_the_window_open_and_makes_no_step():
+def test_an_exception_keeps_the_window_open_without_a_step():
     trainer = trainer_of(accumulation_steps=4)
     before = weights(model_of(trainer))
 
@@ -335,7 +335,7 @@ def test_an_exception_leaves_the_window_open_and_makes_no_step():
     assert trainer.window_is_open
 
 
-def test_the_next_run_throws_an_open_window_away():
+def test_the_next_run_discards_an_open_window():
     trainer, gradients = trainer_of(accumulation_steps=4), []
     with trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate):
         trainer.run(batches(6))
@@ -347,14 +347,14 @@ def test_the_next_run_throws_an_open_window_away():
 
 
 @pytest.mark.parametrize(("policy", "steps"), [("step", [2, 4, 5]), ("drop", [2, 4])])
-def test_an_epochs_partial_window_follows_the_policy(policy, steps):
+def test_partial_window_decides_about_the_last_window_of_an_epoch(policy, steps):
     trainer, seen = trainer_of(accumulation_steps=2, partial_window=policy), []
     trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda e: seen.append(e.state.iteration))
     trainer.run(batches(5))
     assert seen == steps
 
 
-def test_a_window_never_crosses_an_epochs_end():
+def test_a_window_ends_with_its_epoch():
     trainer, seen = trainer_of(accumulation_steps=4), []
     trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda e: seen.append(e.state.iteration))
     trainer.run(batches(6), max_epochs=2)

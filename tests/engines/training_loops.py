@@ -1,11 +1,11 @@
-"""Training loops written by hand, for comparison."""
+"""Plain training loops, to compare the trainer with."""
 
 from torch.nn.functional import mse_loss
 from toys import batches, linear, sgd, weights
 
 
-def hand_losses(data, epochs=1, lr=0.1):
-    """The losses of a loop written by hand over the linear model, and the model afterwards."""
+def train_and_record_losses(data, epochs=1, lr=0.1):
+    """Trains the linear model in a plain loop. Returns the losses and the model."""
     model = linear()
     optimizer = sgd(model, lr)
     losses = []
@@ -19,8 +19,8 @@ def hand_losses(data, epochs=1, lr=0.1):
     return losses, model
 
 
-def by_hand(model, data=None, optimizer=None, loss_fn=mse_loss):
-    """The loop without anything."""
+def train_by_hand(model, data=None, optimizer=None, loss_fn=mse_loss):
+    """Trains a model in a plain loop. Returns its weights."""
     optimizer = sgd(model) if optimizer is None else optimizer
     for x, y in batches() if data is None else data:
         optimizer.zero_grad()
