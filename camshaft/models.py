@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -19,7 +19,11 @@ __all__ = [
     "freeze",
     "fsdp_modules",
     "is_sharded",
+    "load_plain_state_dict",
     "matching",
+    "plain_name",
+    "plain_named_parameters",
+    "plain_state_dict",
     "preserve_training_mode",
     "strip_wrapper_prefixes",
     "unfreeze",
@@ -61,8 +65,53 @@ def without_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def strip_wrapper_prefixes(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under the model's names: without the wrappers' prefixes, unless they are part of these names."""
-    return dict(state) if set(state) == set(own) else without_prefixes(state)
+    """A state dict under the model's plain names: without what wrappers add, unless it is part of these names.
+
+    Args:
+        state: the state dict, from a model that may have been wrapped or compiled, as a whole or in parts.
+        own: the model's own, from :func:`plain_state_dict`; only its keys are used.
+    """
+    if state.keys() == own.keys():
+        return dict(state)
+    names = plain_names(state)
+    plain = {names[name]: value for name, value in state.items()}
+    return plain if plain.keys() == own.keys() else without_prefixes(plain)
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or buffer without what ``torch.compile`` adds to it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name of a model's parameters or buffers with its plain name; unchanged if two plain names would be the same."""
+    plain = {name: plain_name(name) for name in names}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
+
+
+def plain_state_dict(module: nn.Module) -> dict[str, Any]:
+    """A model's state dict under the names that it has if neither it nor a part of it is wrapped or compiled."""
+    state = unwrap(module).state_dict()
+    names = plain_names(state)
+    return {names[name]: value for name, value in state.items()}
+
+
+def load_plain_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Loads a state dict under plain names, or under those of another wrapper, into a model that may be wrapped or compiled.
+
+    Raises:
+        RuntimeError: if it belongs to another model.
+    """
+    inner = unwrap(module)
+    own = {plain: name for name, plain in plain_names(inner.state_dict()).items()}
+    inner.load_state_dict({own.get(name, name): value for name, value in strip_wrapper_prefixes(state, own).items()})
+
+
+def plain_named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model under the names of :func:`plain_state_dict`; a shared one has its first name."""
+    parameters = dict(unwrap(module).named_parameters())
+    names = plain_names(parameters)
+    return {names[name]: parameter for name, parameter in parameters.items()}
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -105,7 +154,7 @@ def freeze(model: nn.Module, *patterns: str) -> list[str]:
     A frozen parameter has no ``.grad``, so neither momentum nor weight decay changes it, even if the optimizer has it.
 
     Args:
-        model: any module; the prefixes of DataParallel, DDP and ``torch.compile`` are not part of the names.
+        model: any module; what DataParallel, DDP and ``torch.compile`` add to the names is not part of them.
         patterns: ``fnmatch`` patterns over parameter names, such as ``"encoder.*"``; ``"*"`` is everything.
 
     Returns:
@@ -149,7 +198,7 @@ def matching(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Parame
     """
     if not patterns:
         raise ValueError("name at least one pattern of parameter names, for example 'encoder.*'")
-    parameters = dict(unwrap(model).named_parameters())
+    parameters = plain_named_parameters(model)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in parameters):
             some = ", ".join(list(parameters)[:8]) + (", ..." if len(parameters) > 8 else "")

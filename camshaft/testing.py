@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Events
 
 from camshaft.engines.trainer import Trainer
+from camshaft.models import plain_state_dict
 from camshaft.pytree import tensors
 
 __all__ = ["assert_resumes_exactly"]
@@ -98,7 +99,7 @@ def _trace(
         seen["loss"] = _sum(engine.state.loss)
         for name, phase in engine.phases.items():
             seen |= {f"learning rate {key}": rate for key, rate in engine.learning_rates(name)}
-            seen |= {f"weight {key} of {name}": _sum(p) for key, p in phase.module.state_dict().items()}
+            seen |= {f"weight {key} of {name}": _sum(p) for key, p in plain_state_dict(phase.module).items()}
             seen[f"gradients of {name}"] = [None if p.grad is None else _sum(p.grad) for p in phase.parameters()]
         seen["random state after the step"] = _random()
 

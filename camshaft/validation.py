@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from camshaft.models import device_of
+from camshaft.models import device_of, plain_named_parameters
 from camshaft.pytree import describe
 
 __all__ = [
@@ -168,7 +168,7 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
         if held & taken:
             raise ValueError(f"{kind} holds parameters that another one holds too: they would be stepped twice")
         taken |= held
-    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in taken]
+    left_out = [name for name, p in plain_named_parameters(module).items() if p.requires_grad and id(p) not in taken]
     if left_out:
         names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         logger.warning(

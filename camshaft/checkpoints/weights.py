@@ -16,7 +16,7 @@ from camshaft.checkpoints.phase_state import check_same_keys
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 from camshaft.distributed.collectives import all_gather_object, broadcast_object, is_main_process
 from camshaft.distributed.dtensors import distribute_like, full_tensor, is_dtensor
-from camshaft.models import ddp_wrapper, strip_wrapper_prefixes, unwrap
+from camshaft.models import ddp_wrapper, load_plain_state_dict, plain_state_dict, strip_wrapper_prefixes, unwrap
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -47,7 +47,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> load_weights(model, path)
     """
     path = Path(path)
-    state = dict(unwrap(model).state_dict())
+    state = plain_state_dict(model)
     if any(is_dtensor(value) for value in state.values()):
         write_together(state, path)
     elif is_main_process() or ddp_wrapper(model) is None:
@@ -103,14 +103,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> path = save_weights(nn.Linear(3, 2), tempfile.mkdtemp() + "/linear.pt")
         >>> load_weights(nn.DataParallel(nn.Linear(3, 2)), path)
     """
-    inner = unwrap(model)
-    own = inner.state_dict()
+    own = plain_state_dict(model)
     is_shared = any(is_dtensor(value) for value in own.values())
     saved: dict[str, Any] = {}
     error: Exception | None = None
     try:
         saved = strip_wrapper_prefixes(read(Path(path), own), own)
-        check_same_keys(saved, own, f"this {type(inner).__name__}", str(path))
+        check_same_keys(saved, own, f"this {type(unwrap(model)).__name__}", str(path))
     except (OSError, RuntimeError, ValueError) as failure:
         error = failure
     for number, problem in enumerate(all_gather_object(None if error is None else str(error)) if is_shared else ()):
@@ -118,7 +117,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             error = CheckpointError(f"rank {number} could not load the weights: {problem}")
     if error is not None:
         raise error
-    inner.load_state_dict({name: distribute_like(value, own[name]) for name, value in saved.items()})
+    load_plain_state_dict(model, {name: distribute_like(value, own[name]) for name, value in saved.items()})
 
 
 def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
