@@ -1,4 +1,4 @@
-"""What every test stands on: a seed of its own, and the promise that it leaves nothing behind."""
+"""Fixtures for every test: seeds the generators, and checks that the test leaves no threads or settings behind."""
 
 import gc
 import os
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-HARMLESS = ("tqdm_monitor",)
-"""Threads that a library keeps for the whole process once it has been used."""
+LIBRARY_THREADS = ("tqdm_monitor",)
+"""Name prefixes of threads that libraries keep running for the lifetime of the process."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
@@ -42,12 +42,12 @@ def _environment():
 
 
 def _threads(before=()):
-    return [t for t in threading.enumerate() if t not in before and not t.name.startswith(HARMLESS)]
+    return [t for t in threading.enumerate() if t not in before and not t.name.startswith(LIBRARY_THREADS)]
 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind():
-    """Fails a test after which a thread, a signal handler, or a setting of torch or the environment isn't as before."""
+    """Fails a test that leaves a thread, a signal handler, or a changed setting of torch or the environment."""
     threads, environment, settings = _threads(), _environment(), _torch_settings()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
@@ -62,6 +62,6 @@ def _leaves_nothing_behind():
 
 @pytest.fixture
 def collected():
-    """Loaders with persistent workers live in cycles with their trainers; they end when those are collected."""
+    """Collects garbage after the test, because loaders with persistent workers are kept alive by reference cycles."""
     yield
     gc.collect()

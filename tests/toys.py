@@ -1,4 +1,4 @@
-"""The smallest real things to train: a linear model, three batches, and an engine over them."""
+"""Small models, data and engines that the tests share."""
 
 import torch
 from torch import nn
@@ -7,14 +7,14 @@ from camshaft import create_evaluator, create_trainer
 
 
 def batches(number=3, size=4, dtype=torch.float32):
-    """The same ``number`` batches of ``size`` samples at every call."""
+    """Returns ``number`` batches of ``size`` samples, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
     return [(draw(size, 3), draw(size, 2)) for _ in range(number)]
 
 
 def linear(dtype=torch.float32):
-    """The same linear model at every call."""
+    """Returns a linear model with the same weights on every call."""
     torch.manual_seed(7)
     return nn.Linear(3, 2, dtype=dtype)
 
@@ -24,7 +24,7 @@ def sgd(model, lr=0.1, **options):
 
 
 def trainer_of(model=None, optimizer=None, loss_fn=nn.functional.mse_loss, **options):
-    """A trainer over a linear model with SGD, unless told otherwise."""
+    """Returns a trainer, by default of a linear model with SGD."""
     model = linear() if model is None else model
     return create_trainer(model, sgd(model) if optimizer is None else optimizer, loss_fn, **options)
 
@@ -34,17 +34,17 @@ def model_of(trainer):
 
 
 def weights(module):
-    """A copy of every tensor of a module, so that it can be compared later."""
+    """Copies every tensor of a module."""
     return [tensor.detach().clone() for tensor in module.state_dict().values()]
 
 
 def same(left, right):
-    """Whether two lists of tensors are equal bit for bit."""
+    """Whether two lists of tensors are bit-identical."""
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def scripted(scores, name="score", events=None):
-    """An evaluator whose metric ``name`` takes the values of ``scores`` one after the other, the last one for ever."""
+    """An engine that sets its metric ``name`` to the next of ``scores`` in each run, and then to the last one."""
     from ignite.engine import Events
 
     from camshaft.engines.loop import LoopEngine
@@ -64,7 +64,7 @@ def evaluator_of(model, metrics=None, **options):
 
 
 def names_iteration(caught, number):
-    """Whether the notes of an exception name the iteration in which it was raised."""
+    """Whether a note of the exception names the iteration ``number``."""
     return any(f"iteration {number}" in note for note in caught.value.__notes__)
 
 

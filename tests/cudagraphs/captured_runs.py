@@ -1,7 +1,7 @@
-"""Runs with and without graphs, and what could differ between them."""
+"""Trains with and without graphs, and compares the results."""
 
 import torch
-from fake_graphs import TapeRecorder
+from fake_graphs import FakeCapturer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adagrad, Adam, AdamW
@@ -9,8 +9,8 @@ from toys import same, weights
 
 from camshaft import Events, create_trainer
 
-RATE = 2.0**-5
-"""A learning rate that is the same number in every floating type."""
+LEARNING_RATE = 2.0**-5
+"""A learning rate that is exact in every floating-point type."""
 
 
 def network():
@@ -18,25 +18,25 @@ def network():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
 
 
-def pairs(sizes=(6,) * 7):
+def labelled_batches(sizes=(6,) * 7):
     generator = torch.Generator().manual_seed(1)
     draw = lambda size: torch.randn(size, 4, generator=generator)  # noqa: E731
     return [(draw(size), torch.randint(3, (size,), generator=generator)) for size in sizes]
 
 
 OPTIMIZERS = {
-    "SGD": lambda p: SGD(p, lr=RATE, momentum=0.5, foreach=True),
-    "SGD fused": lambda p: SGD(p, lr=RATE, momentum=0.5, nesterov=True, fused=True),
-    "Adam fused": lambda p: Adam(p, lr=RATE, fused=True, capturable=True),
-    "AdamW fused": lambda p: AdamW(p, lr=RATE, weight_decay=0.125, fused=True, capturable=True),
-    "Adagrad": lambda p: Adagrad(p, lr=RATE),  # counts its steps on the host
+    "SGD": lambda p: SGD(p, lr=LEARNING_RATE, momentum=0.5, foreach=True),
+    "SGD fused": lambda p: SGD(p, lr=LEARNING_RATE, momentum=0.5, nesterov=True, fused=True),
+    "Adam fused": lambda p: Adam(p, lr=LEARNING_RATE, fused=True, capturable=True),
+    "AdamW fused": lambda p: AdamW(p, lr=LEARNING_RATE, weight_decay=0.125, fused=True, capturable=True),
+    "Adagrad": lambda p: Adagrad(p, lr=LEARNING_RATE),  # counts its steps on the host
 }
 
 
-def run(
+def train(
     capture, *, optimizer="AdamW fused", data=None, epochs=6, prepare=lambda trainer: None, loss_fn=cross_entropy, **options
 ):
-    """Trains, and gives everything that could differ: the weights, the optimizer's state, each loss and norm."""
+    """Trains a model. Returns everything that could differ: weights, optimizer state, losses, norms and outputs."""
     model = network()
     made = OPTIMIZERS[optimizer](model.parameters())
     if "scheduler" in options:
@@ -51,15 +51,15 @@ def run(
 
     prepare(trainer)
     torch.manual_seed(3)
-    trainer.run(data or pairs(), max_epochs=epochs)
+    trainer.run(data or labelled_batches(), max_epochs=epochs)
     moments = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return weights(model) + moments + seen
 
 
 def assert_same(graphs, **options):
-    """Compares a captured run with one that isn't, and the number of graphs with what is expected."""
-    expected = run(False, **options)
-    assert TapeRecorder.made == 0
-    found = run(True, **options)
+    """Checks that a captured run equals one without graphs, and that it captures ``graphs`` graphs."""
+    expected = train(False, **options)
+    assert FakeCapturer.captures == 0
+    found = train(True, **options)
     assert same(expected, found)
-    assert graphs == TapeRecorder.made
+    assert graphs == FakeCapturer.captures

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from captured_runs import RATE, assert_same, network, pairs, run
-from fake_graphs import TapeRecorder
+from captured_runs import LEARNING_RATE, assert_same, labelled_batches, network, train
+from fake_graphs import FakeCapturer
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from toys import batches, same, trainer_of, weights
@@ -20,7 +20,7 @@ from camshaft import (
 )
 
 
-def test_the_events_outside_fire_in_their_order():
+def test_events_outside_the_graphs_fire_in_order():
     def cycle(capture):
         trainer = trainer_of(capture=capture, accumulation_steps=2)
         fired = []
@@ -31,7 +31,7 @@ def test_the_events_outside_fire_in_their_order():
         return fired
 
     assert cycle(True) == cycle(False)
-    assert TapeRecorder.made > 0
+    assert FakeCapturer.captures > 0
 
 
 def halve_in_place(trainer):
@@ -53,19 +53,19 @@ def drop_biases(trainer):
 @pytest.mark.parametrize("change", [halve_in_place, halve, drop_biases])
 @pytest.mark.parametrize("moment", ["BACKWARD_COMPLETED", "GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZER_STEP_STARTED"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_what_a_handler_does_to_the_gradients_counts(change, moment, steps):
+def test_changes_of_gradients_by_handlers_take_effect(change, moment, steps):
     def prepare(trainer):
         @trainer.on(StepEvents[moment](every=3))
         def changes(engine):
             change(engine)
 
     options = {"prepare": prepare, "clip_grad_norm": 0.5, "accumulation_steps": steps, "optimizer": "SGD"}
-    expected, found = (run(capture, **options) for capture in (False, True))
+    expected, found = (train(capture, **options) for capture in (False, True))
     assert same(expected, found)
-    assert TapeRecorder.made >= 3
+    assert FakeCapturer.captures >= 3
 
 
-def test_handlers_of_the_package(tmp_path):
+def test_handlers_of_the_package_work(tmp_path):
     averages = []
 
     def prepare(trainer):
@@ -77,8 +77,8 @@ def test_handlers_of_the_package(tmp_path):
     assert same(*(weights(average.module) for average in averages))
 
 
-def test_a_non_finite_gradient_is_refused_and_forgotten():
-    data = pairs()
+def test_a_step_with_a_non_finite_gradient_is_skipped():
+    data = labelled_batches()
     data[5][0][0] = float("nan")
     trainers = []
 
@@ -88,21 +88,21 @@ def test_a_non_finite_gradient_is_refused_and_forgotten():
         for part in trainer.primary.module:  # a running mean would keep the NaN
             part.track_running_stats = False
 
-    expected, found = (run(capture, prepare=prepare, data=data) for capture in (False, True))
+    expected, found = (train(capture, prepare=prepare, data=data) for capture in (False, True))
     finite = [[torch.nan_to_num(value) for value in values] for values in (expected, found)]
     assert same(*finite)
     assert [trainer.state.skipped_steps for trainer in trainers] == [6, 6]
-    assert TapeRecorder.made == 2
+    assert FakeCapturer.captures == 2
 
 
 @pytest.mark.parametrize("until", [{"until_step": 17}, {"until_epoch": 4}])
-def test_parameters_that_train_later(until):
-    """The graphs that don't train them are thrown away then."""
+def test_parameters_can_be_unfrozen_later(until):
+    """Graphs that do not train the parameters are discarded when they are unfrozen."""
     prepare = lambda trainer: FreezeParameters("0.*", **until).attach(trainer)  # noqa: E731
     assert_same(4, prepare=prepare)
 
 
-def test_a_hook_of_the_optimizer_is_called_at_each_step():
+def test_an_optimizer_hook_is_called_at_each_step():
     calls = []
 
     def prepare(trainer):
@@ -112,35 +112,35 @@ def test_a_hook_of_the_optimizer_is_called_at_each_step():
     assert len(calls) == 2 * 6 * 7
 
 
-def test_batches_that_train_other_parameters():
-    """Graphs know the gradients of one set of parameters; a batch that trains another set runs without them."""
+def test_batches_that_train_other_parameters_run_without_graphs():
+    """A graph computes the gradients of one set of parameters. Batches that train another set run without it."""
 
     def compute_loss(model, batch):
         x, y = batch
         return cross_entropy(model(x), y) if len(x) == 6 else model[0](x).square().mean()
 
-    options = {"loss_fn": None, "compute_loss": compute_loss, "data": pairs((6, 6, 6, 6, 4)), "epochs": 9}
-    assert_same(3, **options)  # one that is thrown away
+    options = {"loss_fn": None, "compute_loss": compute_loss, "data": labelled_batches((6, 6, 6, 6, 4)), "epochs": 9}
+    assert_same(3, **options)  # one of them is discarded
 
 
-def test_a_clipping_of_ones_own_is_called_at_each_step():
+def test_a_custom_clipping_function_is_called_at_each_step():
     calls = []
     prepare = lambda trainer: GradientClipping(function=lambda parameters: calls.append(1)).attach(trainer)  # noqa: E731
     assert_same(3, prepare=prepare)
     assert len(calls) == 2 * 6 * 7
 
 
-def weights_elsewhere(trainer):
+def replace_weights(trainer):
     for parameter in trainer.primary.parameters():
         parameter.data = parameter.data * 0.75
 
 
-def gradients_elsewhere(trainer):
+def replace_gradients(trainer):
     for parameter in trainer.primary.parameters():
         parameter.grad.data = parameter.grad.data * 0.5
 
 
-def another_penalty(trainer):
+def add_penalty_gradients(trainer):
     sum(p.square().sum() for p in trainer.primary.parameters()).backward()
 
 
@@ -152,69 +152,69 @@ AFTER = ("BACKWARD_COMPLETED", "GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZE
 
 @pytest.mark.parametrize(
     ("change", "moment"),
-    [(weights_elsewhere, moment) for moment in dict.fromkeys((*BEFORE, *AFTER))]
-    + [(gradients_elsewhere, moment) for moment in AFTER]
-    + [(another_penalty, moment) for moment in ("FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY")],
+    [(replace_weights, moment) for moment in dict.fromkeys((*BEFORE, *AFTER))]
+    + [(replace_gradients, moment) for moment in AFTER]
+    + [(add_penalty_gradients, moment) for moment in ("FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY")],
 )
 @pytest.mark.parametrize("steps", [1, 2])
-def test_whatever_a_handler_puts_elsewhere_counts(change, moment, steps):
+def test_tensors_replaced_by_handlers_take_effect(change, moment, steps):
     event = getattr(StepEvents, moment, None) or getattr(Events, moment)
     prepare = lambda trainer: trainer.add_event_handler(event(every=9), change)  # noqa: E731
     options = {"prepare": prepare, "accumulation_steps": steps, "clip_grad_norm": 0.5, "optimizer": "SGD"}
-    expected, found = (run(capture, **options) for capture in (False, True))
+    expected, found = (train(capture, **options) for capture in (False, True))
     assert same(expected, found)
-    assert TapeRecorder.made > 2
+    assert FakeCapturer.captures > 2
 
 
 @pytest.mark.parametrize("moment", ["FORWARD_STARTED", "BACKWARD_COMPLETED", "GRADIENTS_READY", "ITERATION_COMPLETED"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_parameters_that_join_on_the_way(moment, steps):
-    def grows(trainer):
+def test_parameters_can_be_added_during_a_run(moment, steps):
+    def add_parameters(trainer):
         optimizer = trainer.primary.optimizers[0]
         if len(optimizer.param_groups) == 1:
             trainer.primary.module[0].requires_grad_(True)
             optimizer.add_param_group({"params": [*trainer.primary.module[0].parameters()]})
 
     def prepare(trainer):
-        trainer.add_event_handler((getattr(StepEvents, moment, None) or getattr(Events, moment))(once=17), grows)
+        trainer.add_event_handler((getattr(StepEvents, moment, None) or getattr(Events, moment))(once=17), add_parameters)
 
-    def go(capture):
+    def train_with(capture):
         model = network()
         model[0].requires_grad_(False)
-        made = SGD([*model[1].parameters(), *model[4].parameters()], lr=RATE, momentum=0.5)
+        made = SGD([*model[1].parameters(), *model[4].parameters()], lr=LEARNING_RATE, momentum=0.5)
         trainer = create_trainer(model, made, cross_entropy, capture=capture, accumulation_steps=steps, clip_grad_norm=0.5)
         prepare(trainer)
         torch.manual_seed(3)
-        trainer.run(pairs(), max_epochs=6)
+        trainer.run(labelled_batches(), max_epochs=6)
         return weights(model)
 
-    assert same(go(False), go(True))
-    assert TapeRecorder.made > 2
+    assert same(train_with(False), train_with(True))
+    assert FakeCapturer.captures > 2
 
 
-def test_a_part_that_is_unfrozen_and_that_nobody_trains():
+def test_an_unfrozen_submodule_without_an_optimizer_raises():
     model = network()
     model[0].requires_grad_(False)
-    trainer = create_trainer(model, SGD(model[4].parameters(), lr=RATE), cross_entropy, capture=True)
+    trainer = create_trainer(model, SGD(model[4].parameters(), lr=LEARNING_RATE), cross_entropy, capture=True)
     trainer.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: model[0].requires_grad_(True))
     model[1].requires_grad_(False)
     with pytest.raises(
         ValueError, match=r"also computes gradients of .*0\.weight.* which no optimizer of phase 'model' trains"
     ):
-        trainer.run(pairs(), max_epochs=4)
+        trainer.run(labelled_batches(), max_epochs=4)
 
 
-def test_an_optimizer_that_lets_go_of_its_gradients_in_its_own_way():
+def test_an_optimizer_with_its_own_zero_grad_works():
     class Zeroes(SGD):
         def zero_grad(self, set_to_none=False):
             super().zero_grad(set_to_none=False)
 
-    def go(capture):
+    def train_with(capture):
         model = network()
-        trainer = create_trainer(model, Zeroes(model.parameters(), lr=RATE), cross_entropy, capture=capture)
+        trainer = create_trainer(model, Zeroes(model.parameters(), lr=LEARNING_RATE), cross_entropy, capture=capture)
         torch.manual_seed(3)
-        trainer.run(pairs(), max_epochs=3)
+        trainer.run(labelled_batches(), max_epochs=3)
         return weights(model)
 
-    assert same(go(False), go(True))
-    assert TapeRecorder.made == 1  # the step of a class that isn't torch's runs as ever
+    assert same(train_with(False), train_with(True))
+    assert FakeCapturer.captures == 1  # the step of a custom optimizer runs eagerly

@@ -1,4 +1,4 @@
-"""However a window is weighed, cut short or streamed: its step is the one that a single big batch would have made."""
+"""A step on an accumulated window equals the step on a single large batch, for every weighting, data source and early end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from camshaft import Events, StepEvents, create_trainer
 
 IGNORED = -100
-SIZES = (2, 5, 3, 4, 1, 6, 7)  # seven batches: neither 3 nor 4 divides them
+SIZES = (2, 5, 3, 4, 1, 6, 7)  # seven batches, which is not a multiple of 3 or 4
 WEIGHTS = ("batch", "samples", "tokens")
 PARTIAL = ("step", "drop")
 
 
 class Stream(IterableDataset):
-    """Batches that can't be counted."""
+    """Batches without a length."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -34,7 +34,7 @@ SOURCES = {
 
 
 def token_batches(sizes):
-    """Sentences of four tokens; between one and four of each are to be predicted."""
+    """Sentences of four tokens. Between one and four tokens of each sentence are not masked."""
     batches = []
     for size in sizes:
         x, y = torch.randn(size, 4, 5, dtype=torch.float64), torch.randint(3, (size, 4))
@@ -56,7 +56,7 @@ def mean_over_tokens(y_pred, y):
 
 
 def mean_over_samples(y_pred, y):
-    """The mean over sentences, each of which counts the same, however many of its tokens are masked."""
+    """The mean over sentences, which have the same weight regardless of their masked tokens."""
     y_pred, known = y_pred.log_softmax(-1), y != IGNORED
     picked = y_pred.gather(-1, y.clamp(min=0)[..., None])[..., 0] * known
     return -(picked.sum(1) / known.sum(1)).mean()
@@ -74,17 +74,17 @@ def optimizer_of(name, model):
 
 
 def windows_of(batches, steps, partial_window):
-    """One epoch's windows, each as a single big batch."""
+    """The windows of one epoch, each as a single large batch."""
     parts = [batches[start : start + steps] for start in range(0, len(batches), steps)]
     whole = [part for part in parts if partial_window == "step" or len(part) == steps]
     return [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in whole]
 
 
-def train_on(big_batches, loss_fn, optimizer="sgd"):
-    """The loop without accumulation."""
+def train_on(large_batches, loss_fn, optimizer="sgd"):
+    """Trains in a plain loop without accumulation."""
     model = network()
     optimizer = optimizer_of(optimizer, model)
-    for x, y in big_batches:
+    for x, y in large_batches:
         optimizer.zero_grad()
         loss_fn(model(x), y).backward()
         optimizer.step()
@@ -92,7 +92,7 @@ def train_on(big_batches, loss_fn, optimizer="sgd"):
 
 
 def accumulating(loss_weight, steps, optimizer="sgd", **options):
-    """A trainer of the same network, the loss that goes with its weights, and its model."""
+    """A trainer with accumulation of the same network, its loss function and its model."""
     model = network()
     loss_fn = mean_over_tokens if loss_weight == "tokens" else mean_over_samples
     loss_weight = count_tokens if loss_weight == "tokens" else loss_weight
@@ -110,7 +110,7 @@ def assert_same(model, expected):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("steps", [3, 4, 5])
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
-def test_window_equals_one_big_batch(loss_weight, steps, source, partial_window, optimizer):
+def test_a_window_equals_one_large_batch(loss_weight, steps, source, partial_window, optimizer):
     batches = token_batches(sizes_for(loss_weight))
     trainer, loss_fn, model = accumulating(loss_weight, steps, optimizer, partial_window=partial_window)
     state = trainer.run(SOURCES[source](batches), max_epochs=3)
@@ -122,10 +122,10 @@ def test_window_equals_one_big_batch(loss_weight, steps, source, partial_window,
 @pytest.mark.parametrize("partial_window", PARTIAL)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
-def test_window_that_max_iters_cuts_short(loss_weight, source, partial_window):
+def test_a_window_ended_by_max_iters_equals_one_large_batch(loss_weight, source, partial_window):
     batches = token_batches(sizes_for(loss_weight))
     trainer, loss_fn, model = accumulating(loss_weight, 3, partial_window=partial_window)
-    trainer.run(SOURCES[source](batches), max_iters=12)  # five batches into the second epoch
+    trainer.run(SOURCES[source](batches), max_iters=12)  # the fifth batch of the second epoch
     big = windows_of(batches, 3, partial_window) + windows_of(batches[:5], 3, partial_window)
     assert trainer.state.optimizer_step == len(big)
     assert_same(model, train_on(big, loss_fn))
@@ -134,7 +134,7 @@ def test_window_that_max_iters_cuts_short(loss_weight, source, partial_window):
 @pytest.mark.parametrize("partial_window", PARTIAL)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
-def test_window_that_terminate_epoch_cuts_short(loss_weight, source, partial_window):
+def test_a_window_ended_by_terminate_epoch_equals_one_large_batch(loss_weight, source, partial_window):
     batches = token_batches(sizes_for(loss_weight))
     trainer, loss_fn, model = accumulating(loss_weight, 3, partial_window=partial_window)
 
@@ -150,7 +150,7 @@ def test_window_that_terminate_epoch_cuts_short(loss_weight, source, partial_win
 
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
 @pytest.mark.parametrize("partial_window", PARTIAL)
-def test_window_that_terminate_cuts_short_makes_no_step(loss_weight, partial_window):
+def test_a_window_ended_by_terminate_makes_no_step(loss_weight, partial_window):
     batches = token_batches(sizes_for(loss_weight))
     trainer, loss_fn, model = accumulating(loss_weight, 3, partial_window=partial_window)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), trainer.terminate)
@@ -160,7 +160,7 @@ def test_window_that_terminate_cuts_short_makes_no_step(loss_weight, partial_win
 
 
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
-def test_epoch_length_of_ones_own_ends_the_window(loss_weight):
+def test_a_custom_epoch_length_ends_the_window(loss_weight):
     batches = token_batches(sizes_for(loss_weight))
     trainer, loss_fn, model = accumulating(loss_weight, 3)
     trainer.run(batches, max_epochs=2, epoch_length=5)
@@ -173,14 +173,14 @@ def test_epoch_length_of_ones_own_ends_the_window(loss_weight):
     [lambda batch: (batch[1] != IGNORED).sum(), lambda batch: count_tokens(batch) / 7.0],
     ids=["tensor", "fraction"],
 )
-def test_weight_may_be_a_tensor_or_any_multiple(weigh):
+def test_weights_may_be_tensors_and_are_normalized(weigh):
     batches, model = token_batches(SIZES), network()
     optimizer = optimizer_of("sgd", model)
     create_trainer(model, optimizer, mean_over_tokens, accumulation_steps=3, loss_weight=weigh).run(batches)
     assert_same(model, train_on(windows_of(batches, 3, "step"), mean_over_tokens))
 
 
-def test_batch_of_weight_zero_adds_nothing():
+def test_a_batch_of_weight_zero_has_no_effect():
     batches, model = token_batches((2, 5, 3)), network()
     optimizer = optimizer_of("sgd", model)
     weigh = lambda batch: len(batch[0]) % 5  # noqa: E731
@@ -189,7 +189,7 @@ def test_batch_of_weight_zero_adds_nothing():
 
 
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
-def test_gradient_at_gradients_ready_is_that_of_the_big_batch(loss_weight):
+def test_the_gradient_at_gradients_ready_equals_that_of_a_large_batch(loss_weight):
     batches = token_batches(sizes_for(loss_weight)[:3])
     trainer, loss_fn, model = accumulating(loss_weight, 4)  # the stream ends before the window is full
     seen = []
@@ -206,7 +206,7 @@ def test_gradient_at_gradients_ready_is_that_of_the_big_batch(loss_weight):
 
 
 @pytest.mark.parametrize("loss_weight", WEIGHTS)
-def test_gradients_do_not_leak_from_a_dropped_window_into_the_next(loss_weight):
+def test_gradients_of_a_dropped_window_are_discarded(loss_weight):
     batches = token_batches(sizes_for(loss_weight))
     trainer, loss_fn, model = accumulating(loss_weight, 4, partial_window="drop")
     grads = []

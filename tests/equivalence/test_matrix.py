@@ -1,4 +1,4 @@
-"""``create_trainer`` against the loop that a careful person writes by hand, on a seeded sample of all combinations."""
+"""``create_trainer``, compared with a loop written by hand, for a seeded sample of all combinations of options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from camshaft import Events, StepEvents, create_trainer
 CHOICES = {
     "precision": ("float32", "float64", "bf16", "fp16"),
     "accumulation": (1, 3, 4),
-    "batches": (24, 23),  # over 3 and 4, 23 batches leave a shorter last window
+    "batches": (24, 23),  # the last window of 23 batches is shorter
     "data": ("list", "shuffled", "stream"),
     "loss_weight": ("batch", "samples", "tokens"),
     "partial_window": ("step", "drop"),
@@ -51,8 +51,8 @@ class Case:
 
     @property
     def is_possible(self):
-        # A stream's last window is planned too long. Its gradient is put right afterwards, in float32; half precision has
-        # rounded it by then, at another scale than a loop that knows the length.
+        # The length of the last window of a stream is not known in advance. Its gradient is corrected afterwards, when half
+        # precision has already rounded it at another scale than in a loop that knows the length.
         return not (self.data == "stream" and self.amp)
 
     @property
@@ -72,7 +72,7 @@ class Case:
 
 
 def sample_cases(count, seed):
-    """Draws cases one by one; of some candidates each time the one that shows the most pairs not seen before."""
+    """Draws cases one by one, each time the candidate with the most new pairs of options."""
     dice, cases, seen = random.Random(seed), [], set()
     while len(cases) < count:
         drawn = [Case(*(dice.choice(options) for options in CHOICES.values())) for _ in range(8)]
@@ -91,7 +91,7 @@ CASES = sample_cases(COMBINATIONS, seed=2)
 
 
 class Stream:
-    """Batches that can be passed over again and again, but not counted."""
+    """Batches without a length that can be iterated over repeatedly."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -141,12 +141,12 @@ def build_schedule(case, optimizer):
 
 
 def build_data(case):
-    """Batches of unequal size, in which some samples have no label."""
+    """Batches of different sizes, in which some samples have no label."""
     sizes = [2 + (3 * number) % 5 for number in range(case.batches)]
     total = sum(sizes) if case.data != "shuffled" else 4 * case.batches - 1
     x, y = torch.randn(total, 6, dtype=case.dtype), torch.randint(3, (total,))
     if case.data == "shuffled":
-        y[:2] = IGNORED  # two at most in any batch of three or four
+        y[:2] = IGNORED  # so that every batch has a label
         return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
     batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
     for _, labels in batches:
@@ -237,7 +237,7 @@ def train(case):
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen["losses"].append(trainer.state.output))
 
     @trainer.on(StepEvents.OPTIMIZER_STEP_STARTED)
-    def note_rates():
+    def record_rates():
         seen["rates"].append(learning_rates(optimizers))
 
     state = trainer.run(loader, max_epochs=EPOCHS)
@@ -255,14 +255,14 @@ def final_state(model, optimizers, scaler):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_trainer_equals_the_loop_written_by_hand(case):
+def test_the_trainer_equals_a_loop_written_by_hand(case):
     tolerance = 0.0 if case.is_exact else {torch.float32: 1e-6, torch.float64: 1e-12}[case.dtype]
     expected = train_by_hand(case)
-    assert expected["rates"], "the loop must make steps, or equality says nothing"
+    assert expected["rates"], "the loop made no steps"
     torch.testing.assert_close(train(case), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_sample_shows_every_pair_of_choices():
+def test_the_sample_contains_every_pair_of_choices():
     choices = [[(name, option) for option in options] for name, options in CHOICES.items()]
     every = {pair for one, other in combinations(choices, 2) for pair in product(one, other)}
     impossible = {(("precision", amp), ("data", "stream")) for amp in ("bf16", "fp16")}
@@ -271,6 +271,6 @@ def test_sample_shows_every_pair_of_choices():
     assert len(set(CASES)) == COMBINATIONS >= 200
 
 
-def test_sample_meets_skipped_steps_and_exact_cases():
+def test_the_sample_contains_skipped_steps_and_exact_cases():
     assert sum(case.is_exact for case in CASES) >= 50
     assert any(train_by_hand(case)["skipped"] for case in CASES if case.precision == "fp16")

@@ -1,4 +1,4 @@
-"""A step that the gradient scaler refuses: torch's documented loop by hand, and everything that must stand still."""
+"""Steps that the gradient scaler skips, compared with the loops in torch's documentation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ OPTIMIZERS = {
     "fused_adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
     "fused_sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
 }
-SPOILED = (3, 6, 7)
-"""The iterations after whose backward pass a gradient is infinite. (Not the first: where the scaler refuses the first step of
-a fused SGD, torch's own loop goes on from momentum that was never initialised.)"""
+OVERFLOWS = (3, 6, 7)
+"""The iterations in which a gradient overflows. The first is not among them: if the scaler skips the first step of a fused SGD,
+the loop of torch's documentation continues with uninitialized momentum."""
 
 
 def network():
@@ -32,7 +32,7 @@ def batches(number=10):
     return [(torch.randn(3, 4, generator=generator), 0.1 * torch.randn(3, 2, generator=generator)) for _ in range(number)]
 
 
-def spoil(module, value=float("inf")):
+def overflow_gradient(module, value=float("inf")):
     next(module.parameters()).grad.view(-1)[0] = value
 
 
@@ -40,12 +40,12 @@ def schedule(optimizer):
     return LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=10)
 
 
-def half_trainer(model, optimizer, **options):
+def fp16_trainer(model, optimizer, **options):
     return create_trainer(model, optimizer, mse_loss, amp="fp16", **options)
 
 
-def note(trainer, *events):
-    """A list that fills with (event, optimizer_step, skipped_steps)."""
+def record_events(trainer, *events):
+    """A list that is filled with (event, optimizer_step, skipped_steps)."""
     seen = []
     for event in events:
         at = lambda engine, name=event.name: seen.append((name, engine.state.optimizer_step, engine.state.skipped_steps))  # noqa: E731
@@ -62,8 +62,8 @@ def train_as_documented(kind, data, accumulation=1):
         with torch.autocast("cpu", dtype=torch.float16):
             loss = mse_loss(model(x), y) / accumulation
         scaler.scale(loss).backward()
-        if iteration in SPOILED:
-            spoil(model)
+        if iteration in OVERFLOWS:
+            overflow_gradient(model)
         if iteration % accumulation == 0:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -78,26 +78,28 @@ def train_as_documented(kind, data, accumulation=1):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_equals_the_documented_loop(kind, accumulation):
+def test_the_trainer_equals_the_documented_loop(kind, accumulation):
     model = network()
     optimizer = OPTIMIZERS[kind](model.parameters())
     scheduler = schedule(optimizer)
-    trainer = half_trainer(model, optimizer, accumulation_steps=accumulation, clip_grad_norm=0.5, scheduler=scheduler)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(lambda _, iteration: iteration in SPOILED), lambda: spoil(model))
+    trainer = fp16_trainer(model, optimizer, accumulation_steps=accumulation, clip_grad_norm=0.5, scheduler=scheduler)
+    trainer.add_event_handler(
+        StepEvents.BACKWARD_COMPLETED(lambda _, iteration: iteration in OVERFLOWS), lambda: overflow_gradient(model)
+    )
     state = trainer.run(batches())
     mine = model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), trainer.primary.precision.scaler.state_dict()
     torch.testing.assert_close(mine, train_as_documented(kind, batches(), accumulation), rtol=0.0, atol=0.0)
-    refused = len({(iteration - 1) // accumulation for iteration in SPOILED})
-    assert (state.skipped_steps, state.optimizer_step) == (refused, 10 // accumulation - refused)
+    skipped = len({(iteration - 1) // accumulation for iteration in OVERFLOWS})
+    assert (state.skipped_steps, state.optimizer_step) == (skipped, 10 // accumulation - skipped)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_number_of_a_skipped_step_is_given_to_the_next_attempt(kind):
+def test_the_number_of_a_skipped_step_is_used_again(kind):
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS[kind](model.parameters()))
-    attempts = note(trainer, StepEvents.GRADIENTS_READY)
-    outcomes = note(trainer, StepEvents.OPTIMIZER_STEP_COMPLETED, StepEvents.OPTIMIZER_STEP_SKIPPED)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=[2, 3]), lambda: spoil(model))
+    trainer = fp16_trainer(model, OPTIMIZERS[kind](model.parameters()))
+    attempts = record_events(trainer, StepEvents.GRADIENTS_READY)
+    outcomes = record_events(trainer, StepEvents.OPTIMIZER_STEP_COMPLETED, StepEvents.OPTIMIZER_STEP_SKIPPED)
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=[2, 3]), lambda: overflow_gradient(model))
     trainer.run(batches(4))
     assert [step for _, step, _ in attempts] == [1, 2, 2, 2]
     assert outcomes == [
@@ -109,16 +111,16 @@ def test_number_of_a_skipped_step_is_given_to_the_next_attempt(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_skipped_step_moves_neither_weights_nor_state_nor_schedule(kind):
+def test_a_skipped_step_changes_no_weights_state_or_schedule(kind):
     model = network()
     optimizer = OPTIMIZERS[kind](model.parameters())
-    trainer = half_trainer(model, optimizer, scheduler=schedule(optimizer))
+    trainer = fp16_trainer(model, optimizer, scheduler=schedule(optimizer))
     history = LRHistory().attach(trainer)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(after=2), lambda: spoil(model))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(after=2), lambda: overflow_gradient(model))
     trainer.run(batches(2))
     short = network()
     short_optimizer = OPTIMIZERS[kind](short.parameters())
-    half_trainer(short, short_optimizer, scheduler=schedule(short_optimizer)).run(batches(2))
+    fp16_trainer(short, short_optimizer, scheduler=schedule(short_optimizer)).run(batches(2))
     trainer.run(batches(2), max_epochs=3)
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (2, 4)
     assert [step for step, _ in history.history["lr"]] == [1, 2]
@@ -126,20 +128,20 @@ def test_skipped_step_moves_neither_weights_nor_state_nor_schedule(kind):
     torch.testing.assert_close(mine, its, rtol=0.0, atol=0.0)
 
 
-def test_skipped_steps_are_the_clock_of_their_event():
+def test_optimizer_step_skipped_is_counted_by_skipped_steps():
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS["sgd"](model.parameters()))
-    seen = note(trainer, StepEvents.OPTIMIZER_STEP_SKIPPED(every=2))
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(before=6), lambda: spoil(model))
+    trainer = fp16_trainer(model, OPTIMIZERS["sgd"](model.parameters()))
+    seen = record_events(trainer, StepEvents.OPTIMIZER_STEP_SKIPPED(every=2))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(before=6), lambda: overflow_gradient(model))
     trainer.run(batches())
     assert seen == [("OPTIMIZER_STEP_SKIPPED", 0, 2), ("OPTIMIZER_STEP_SKIPPED", 0, 4)]
 
 
-def test_skipped_step_fires_neither_started_nor_completed():
+def test_a_skipped_step_fires_neither_started_nor_completed():
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS["fused_adamw"](model.parameters()))
-    seen = note(trainer, *list(StepEvents)[4:], Events.ITERATION_COMPLETED)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=1), lambda: spoil(model))
+    trainer = fp16_trainer(model, OPTIMIZERS["fused_adamw"](model.parameters()))
+    seen = record_events(trainer, *list(StepEvents)[4:], Events.ITERATION_COMPLETED)
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=1), lambda: overflow_gradient(model))
     trainer.run(batches(1))
     names = ["GRADIENTS_READY", "GRADIENTS_CLIPPED", "OPTIMIZER_STEP_SKIPPED", "ITERATION_COMPLETED"]
     assert [name for name, _, _ in seen] == names
@@ -147,14 +149,14 @@ def test_skipped_step_fires_neither_started_nor_completed():
 
 @pytest.mark.parametrize("kinds", [("sgd", "adam"), ("fused_adamw", "fused_sgd")])
 @pytest.mark.parametrize("bad", [0, 2])
-def test_all_optimizers_are_refused_where_one_is(kinds, bad):
-    """By hand: the scaler's own loop, in which an infinite gradient of one keeps the other from stepping, too."""
+def test_an_overflow_in_one_optimizer_skips_all(kinds, bad):
+    """Compared with a loop written by hand, in which an infinite gradient in one optimizer skips the step of both."""
     model, expected = network(), network()
     trained = [OPTIMIZERS[kind](part.parameters()) for kind, part in zip(kinds, (model[0], model[2]), strict=True)]
     by_hand = [OPTIMIZERS[kind](part.parameters()) for kind, part in zip(kinds, (expected[0], expected[2]), strict=True)]
-    trainer = half_trainer(model, trained)
+    trainer = fp16_trainer(model, trained)
     spoiled = [1, 4, 5]
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=spoiled), lambda: spoil(model[bad]))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=spoiled), lambda: overflow_gradient(model[bad]))
     trainer.run(batches())
     scaler = torch.amp.GradScaler("cpu")
     for iteration, (x, y) in enumerate(batches(), start=1):
@@ -163,7 +165,7 @@ def test_all_optimizers_are_refused_where_one_is(kinds, bad):
             loss = mse_loss(expected(x), y)
         scaler.scale(loss).backward()
         if iteration in spoiled:
-            spoil(expected[bad])
+            overflow_gradient(expected[bad])
         for optimizer in by_hand:
             scaler.unscale_(optimizer)
         if iteration not in spoiled:
@@ -177,22 +179,22 @@ def test_all_optimizers_are_refused_where_one_is(kinds, bad):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_first_step_may_be_skipped(kind):
+def test_the_first_step_may_be_skipped(kind):
     model, expected = network(), network()
-    trainer = half_trainer(model, OPTIMIZERS[kind](model.parameters()))
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=1), lambda: spoil(model))
+    trainer = fp16_trainer(model, OPTIMIZERS[kind](model.parameters()))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=1), lambda: overflow_gradient(model))
     trainer.run(batches(4))
-    other = half_trainer(expected, OPTIMIZERS[kind](expected.parameters()))
+    other = fp16_trainer(expected, OPTIMIZERS[kind](expected.parameters()))
     other.run(batches(4)[1:])
     torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), rtol=0.0, atol=0.0)
 
 
-def test_schedules_of_both_optimizers_stand_still():
+def test_a_skipped_step_does_not_advance_the_schedules_of_both_optimizers():
     model = network()
     optimizers = [OPTIMIZERS["sgd"](model[0].parameters()), OPTIMIZERS["adam"](model[2].parameters())]
     schedulers = [schedule(optimizer) for optimizer in optimizers]
-    trainer = half_trainer(model, optimizers, scheduler=schedulers)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=[1, 2, 6]), lambda: spoil(model[2]))
+    trainer = fp16_trainer(model, optimizers, scheduler=schedulers)
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=[1, 2, 6]), lambda: overflow_gradient(model[2]))
     trainer.run(batches())
     assert [scheduler.last_epoch for scheduler in schedulers] == [7, 7]
 
@@ -200,15 +202,15 @@ def test_schedules_of_both_optimizers_stand_still():
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_clipping_does_not_hide_an_overflow(value):
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS["sgd"](model.parameters()), clip_grad_value=0.1)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: spoil(model, value))
+    trainer = fp16_trainer(model, OPTIMIZERS["sgd"](model.parameters()), clip_grad_value=0.1)
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: overflow_gradient(model, value))
     trainer.run(batches(3))
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (2, 1)
 
 
-def test_real_overflow_of_half_precision_skips_and_recovers():
+def test_a_real_overflow_is_skipped_and_the_scale_recovers():
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS["adam"](model.parameters()))
+    trainer = fp16_trainer(model, OPTIMIZERS["adam"](model.parameters()))
     trainer.run([(x, 500 * y) for x, y in batches()], max_epochs=2)
     state, scale = trainer.state, trainer.primary.precision.scaler.get_scale()
     assert state.skipped_steps > 0
@@ -217,32 +219,32 @@ def test_real_overflow_of_half_precision_skips_and_recovers():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_gradients_of_a_skipped_window_do_not_reach_the_next():
+def test_gradients_of_a_skipped_window_are_discarded():
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS["sgd"](model.parameters()), accumulation_steps=2)
+    trainer = fp16_trainer(model, OPTIMIZERS["sgd"](model.parameters()), accumulation_steps=2)
     GradientClipping().attach(trainer)
     norms = []
     trainer.add_event_handler(StepEvents.GRADIENTS_CLIPPED, lambda: norms.append(float(trainer.state.grad_norm)))
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=1), lambda: spoil(model))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=1), lambda: overflow_gradient(model))
     trainer.run(batches(4))
     assert norms[0] == float("inf")
     assert 0 < norms[1] < 100
 
 
-def test_guard_leaves_an_overflow_to_the_scaler():
+def test_non_finite_guard_ignores_overflows_that_the_scaler_handles():
     model = network()
-    trainer = half_trainer(model, OPTIMIZERS["sgd"](model.parameters()))
+    trainer = fp16_trainer(model, OPTIMIZERS["sgd"](model.parameters()))
     NonFiniteGuard("raise").attach(trainer)
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: spoil(model))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=2), lambda: overflow_gradient(model))
     trainer.run(batches(3))
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (2, 1)
 
 
-def test_run_in_which_every_step_is_skipped_is_no_error():
+def test_a_run_that_skips_every_step_does_not_raise():
     model = network()
     before = [parameter.clone() for parameter in model.parameters()]
-    trainer = half_trainer(model, OPTIMIZERS["sgd"](model.parameters()))
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda: spoil(model))
+    trainer = fp16_trainer(model, OPTIMIZERS["sgd"](model.parameters()))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda: overflow_gradient(model))
     trainer.run(batches(3))
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (0, 3)
     assert all(torch.equal(mine, old) for mine, old in zip(model.parameters(), before, strict=True))

@@ -19,11 +19,11 @@ from camshaft import (
 
 
 @pytest.mark.parametrize("loss", FORMULAS)
-def test_losses_are_their_formulas(loss):
+def test_losses_equal_their_formulas(loss):
     latents, batches = torch.randn(SAMPLES, 3), data(1)
     trainer = make(loss=loss, latent=lambda n, device: latents)
     generator, critic = module(trainer, "generator"), module(trainer, "discriminator")
-    trainer.phases["discriminator"].optimizers[0].param_groups[0]["lr"] = 0.0  # the generator meets the same critic
+    trainer.phases["discriminator"].optimizers[0].param_groups[0]["lr"] = 0.0  # keeps the critic as it is for the generator
     with torch.no_grad():
         real, fake = critic(batches[0]), critic(generator(latents))
     output = trainer.run(batches).output
@@ -31,7 +31,7 @@ def test_losses_are_their_formulas(loss):
     torch.testing.assert_close(output["generator_loss"], FORMULAS[loss][1](fake))
 
 
-def test_a_pair_of_callables_gets_the_scores():
+def test_a_custom_pair_of_losses_receives_the_scores():
     pair = FORMULAS["hinge"]
     torch.manual_seed(1)
     expected = make(loss="hinge").run(data(2)).output
@@ -39,7 +39,7 @@ def test_a_pair_of_callables_gets_the_scores():
     assert make(loss=pair).run(data(2)).output == expected
 
 
-def test_output_is_detached_and_complete():
+def test_the_output_is_detached_and_complete():
     trainer = make(discriminator_steps=2)
     outputs = []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.append(engine.state.output))
@@ -51,7 +51,7 @@ def test_output_is_detached_and_complete():
     assert all(output["penalty"] == 0 for output in outputs)
 
 
-def test_a_second_run_has_no_generator_loss_before_its_first():
+def test_a_second_run_starts_without_a_generator_loss():
     trainer = make(discriminator_steps=2)
     trainer.run(data(2))
     trainer.state.iteration = trainer.state.epoch = 0
@@ -59,7 +59,7 @@ def test_a_second_run_has_no_generator_loss_before_its_first():
     assert trainer.run(data(1)).output["generator_loss"] is None
 
 
-def test_several_penalties_are_summed_and_lazy_ones_are_due_at_every_kth_step():
+def test_penalties_are_summed_and_lazy_ones_apply_every_kth_step():
     critic = nn.Linear(2, 1)
     critic.weight.data = torch.tensor([[3.0, 4.0]])
     trainer = make(critic=critic, penalty=[R1(2.0, every=3), R2(4.0, every=2)])
@@ -73,7 +73,7 @@ def test_several_penalties_are_summed_and_lazy_ones_are_due_at_every_kth_step():
     assert penalties == pytest.approx([0, r2, r1, r2, 0, r1 + r2])
 
 
-def test_a_lazy_penalty_is_due_in_all_batches_of_its_window():
+def test_a_lazy_penalty_applies_to_all_batches_of_its_window():
     trainer = make(penalty=R1(every=2), accumulation_steps=2)
     due = []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: due.append(engine.state.output["penalty"].item() > 0))
@@ -81,7 +81,7 @@ def test_a_lazy_penalty_is_due_in_all_batches_of_its_window():
     assert due == [False, False, True, True, False, False]
 
 
-def test_a_function_will_do_for_a_penalty():
+def test_a_penalty_can_be_a_function():
     trainer = make(penalty=lambda critic, real, fake: critic[0].weight.square().sum())
     weight = module(trainer, "discriminator")[0].weight
     expected = weight.square().sum().item()
@@ -89,13 +89,13 @@ def test_a_function_will_do_for_a_penalty():
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: (x,), lambda x: (x, torch.zeros(len(x)))])
-def test_batches_may_be_x_or_a_sequence_that_begins_with_it(wrap):
+def test_batches_may_be_x_or_a_sequence_that_starts_with_x(wrap):
     trainer, batches = make(), data(2)
     trainer.run([wrap(x) for x in batches])
     assert trainer.state.x is batches[-1]
 
 
-def test_prepare_batch_may_give_x_alone():
+def test_prepare_batch_may_return_x_alone():
     trainer = make(prepare_batch=lambda batch, device, non_blocking: batch["image"].to(device))
     assert trainer.run([{"image": x} for x in data(2)]).optimizer_step == 2
 
@@ -110,7 +110,7 @@ class Conditional(nn.Module):
         return self.last(torch.cat([x, self.embed(y)], dim=1))
 
 
-def test_conditions_go_to_both_networks_and_to_the_penalty():
+def test_conditions_are_passed_to_both_networks_and_the_penalty():
     generator, critic = Conditional(3, 2), Conditional(2, 1)
     labels = torch.randint(4, (SAMPLES,))
     make(generator, critic, conditional=True, penalty=GradientPenalty()).run([(data(1)[0], labels)])
@@ -120,7 +120,7 @@ def test_conditions_go_to_both_networks_and_to_the_penalty():
     assert critic.embed.weight.grad is not None
 
 
-def test_latents_of_a_size_are_normal_and_of_the_generator_s_precision():
+def test_latents_of_a_given_size_are_normal_in_the_dtype_of_the_generator():
     seen = []
     generator = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
     generator.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -131,13 +131,13 @@ def test_latents_of_a_size_are_normal_and_of_the_generator_s_precision():
     assert not torch.equal(*seen)
 
 
-def test_one_sample_left_over_in_the_last_batch():
+def test_the_last_batch_may_have_one_sample():
     trainer = make(nn.Linear(3, 2), nn.Linear(2, 1), penalty=GradientPenalty())
     assert trainer.run([torch.randn(4, 2), torch.randn(1, 2)]).optimizer_step == 2
 
 
 @pytest.mark.parametrize("shape", [(), (3, 4), (1, 4, 4), (1, 2, 2, 2)], ids=str)
-def test_samples_of_any_rank(shape):
+def test_samples_may_have_any_number_of_dimensions(shape):
     size = torch.Size(shape).numel()
     generator = nn.Sequential(nn.Linear(3, size), nn.Unflatten(1, shape) if shape else nn.Flatten(0))
     critic = (
@@ -147,7 +147,7 @@ def test_samples_of_any_rank(shape):
     assert trainer.run([torch.randn(SAMPLES, *shape)] * 2).optimizer_step == 2
 
 
-def test_curves_in_tensorboard(tmp_path):
+def test_tensorboard_shows_the_losses_of_both_networks(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = make(discriminator_steps=2, penalty=GradientPenalty(), clip_grad_norm=1.0)
@@ -165,7 +165,7 @@ def test_explain_names_both_networks():
     assert "generator: Linear on cpu, SGD, after every 5 steps of discriminator" in text
 
 
-def test_guard_names_the_network_and_the_iteration():
+def test_non_finite_guard_names_the_network_and_the_iteration():
     trainer, batches = make(), data(4)
     NonFiniteGuard().attach(trainer)
     batches[2] = torch.full((SAMPLES, 2), float("nan"))
@@ -179,14 +179,14 @@ def test_guard_names_the_network_and_the_iteration():
     assert all(torch.equal(before[name], value) for name, value in module(trainer, "discriminator").state_dict().items())
 
 
-def test_guard_names_the_generator():
+def test_non_finite_guard_names_the_generator():
     trainer = make(loss=(FORMULAS["wgan"][0], lambda f: f.mean() * float("inf")))
     NonFiniteGuard().attach(trainer)
     with pytest.raises(FloatingPointError, match="iteration 1 is .*inf, .* of phase 'generator'"):
         trainer.run(data(1))
 
 
-def test_finds_all_eight_modes_of_a_ring():
+def test_a_gan_learns_all_eight_modes_of_a_ring():
     torch.manual_seed(0)
     angles = torch.arange(8) * torch.pi / 4
     modes = torch.stack([angles.cos(), angles.sin()], dim=1)

@@ -37,13 +37,13 @@ from camshaft import (
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
-def test_settings_that_can_t_be_are_errors_at_creation(settings, error, text):
+def test_invalid_arguments_raise_at_creation(settings, error, text):
     with pytest.raises(error, match=text):
         make(**settings)
 
 
 @pytest.mark.parametrize("phase", ["generator", "discriminator"])
-def test_a_network_that_is_none_is_named(phase):
+def test_an_error_names_the_network_that_is_not_a_module(phase):
     networks = {"generator": nn.Linear(3, 2), "discriminator": nn.Linear(2, 1)}
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks.values()]
     networks[phase] = torch.relu
@@ -51,7 +51,7 @@ def test_a_network_that_is_none_is_named(phase):
         create_gan_trainer(*networks.values(), *optimizers, latent=3)
 
 
-def test_the_same_parameters_in_both_optimizers_are_an_error():
+def test_the_same_parameters_in_both_optimizers_raise():
     generator, critic = nn.Linear(3, 2), nn.Linear(2, 1)
     both = torch.optim.SGD([*generator.parameters(), *critic.parameters()], lr=0.1)
     own = torch.optim.SGD(generator.parameters(), lr=0.1)
@@ -59,14 +59,14 @@ def test_the_same_parameters_in_both_optimizers_are_an_error():
         create_gan_trainer(generator, critic, own, both, latent=3)
 
 
-def test_optimizers_the_wrong_way_round_are_an_error():
+def test_swapped_optimizers_raise():
     generator, critic = nn.Linear(3, 2), nn.Linear(2, 1)
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (critic, generator)]
     with pytest.raises(ValueError, match="phase 'discriminator' holds no parameter of the model"):
         create_gan_trainer(generator, critic, *optimizers, latent=3)
 
 
-def test_a_scheduler_of_the_other_network_is_an_error():
+def test_a_scheduler_of_the_other_network_raises():
     generator, critic = nn.Linear(3, 2), nn.Linear(2, 1)
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, critic)]
     schedule = torch.optim.lr_scheduler.StepLR(optimizers[0], 2)
@@ -101,22 +101,22 @@ def test_a_scheduler_of_the_other_network_is_an_error():
         ({"prepare_batch": lambda batch, device, non_blocking: None}, TypeError, "prepare_batch .* real samples as a tensor"),
     ],
 )
-def test_what_shows_in_the_run_names_the_network_and_the_iteration(settings, error, text):
+def test_errors_during_the_run_name_the_network_and_the_iteration(settings, error, text):
     with pytest.raises(error, match=text):
         make(**settings).run(data(2))
 
 
-def test_a_mistake_in_a_later_iteration_names_it():
+def test_an_error_in_a_later_iteration_names_it():
     with pytest.raises(ValueError, match="in iteration 3, in the turn of the discriminator"):
         make().run([*data(2), torch.randn(SAMPLES, 5, 2)])
 
 
-def test_a_batch_that_is_no_tensor_points_to_prepare_batch():
+def test_a_batch_that_is_not_a_tensor_raises_and_suggests_prepare_batch():
     with pytest.raises(TypeError, match="a batch must be a tensor x.*keys.*pass prepare_batch="):
         make().run([{"image": x} for x in data(2)])
 
 
-def test_batch_norm_under_a_penalty_gives_one_warning():
+def test_batch_norm_with_a_penalty_gives_one_warning():
     critic = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     with pytest.warns(UserWarning, match="BatchNorm"):
         trainer = make(critic=critic, penalty=[GradientPenalty(), R1()])

@@ -17,7 +17,7 @@ from camshaft import (
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_clocks_of_both_networks(k):
+def test_both_networks_have_their_own_clocks(k):
     trainer = make(discriminator_steps=k)
     seen = []
     trainer.add_event_handler(
@@ -32,7 +32,7 @@ def test_clocks_of_both_networks(k):
     assert trainer.state.optimizer_step == trainer.phases["generator"].optimizer_step == 8 // k
 
 
-def test_events_by_phase_count_on_the_network_s_own_clock():
+def test_event_filters_by_phase_count_on_the_clock_of_the_network():
     trainer = make(discriminator_steps=3, accumulation_steps=2)
     seen = []
     for phase in ("discriminator", "generator"):
@@ -47,7 +47,7 @@ def test_events_by_phase_count_on_the_network_s_own_clock():
     assert sorted(seen) == sorted(passes + steps)
 
 
-def test_no_gradient_is_made_for_the_other_network():
+def test_the_other_network_gets_no_gradient():
     trainer = make(penalty=GradientPenalty())
     networks = {name: phase.module for name, phase in trainer.phases.items()}
 
@@ -65,7 +65,7 @@ def test_no_gradient_is_made_for_the_other_network():
     trainer.run(data(3))
 
 
-def test_requires_grad_is_as_before_where_a_turn_fails():
+def test_requires_grad_is_restored_after_an_exception():
     critic = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
     critic[0].bias.requires_grad_(False)
     trainer = make(critic=critic)
@@ -80,7 +80,7 @@ def test_requires_grad_is_as_before_where_a_turn_fails():
     assert [p.requires_grad for p in critic.parameters()] == [True, False, True, True]
 
 
-def test_a_trainer_runs_again_after_an_exception_in_the_middle_of_a_cycle():
+def test_a_trainer_can_run_again_after_an_exception_inside_a_cycle():
     trainer = make(discriminator_steps=2, accumulation_steps=2)
     failures = [OSError("once")]
 
@@ -96,7 +96,7 @@ def test_a_trainer_runs_again_after_an_exception_in_the_middle_of_a_cycle():
     assert trainer.phases["generator"].optimizer_step > before
 
 
-def test_both_networks_train_even_where_a_handler_leaves_one_in_eval_mode():
+def test_both_networks_train_even_if_a_handler_leaves_one_in_eval_mode():
     generator = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     trainer = make(generator, discriminator_steps=2)
     modes = []
@@ -107,7 +107,7 @@ def test_both_networks_train_even_where_a_handler_leaves_one_in_eval_mode():
     assert generator[1].num_batches_tracked == 6
 
 
-def test_real_and_generated_batch_are_in_the_state_at_each_event():
+def test_the_state_has_the_real_and_the_generated_batch_at_each_event():
     trainer, batches = make(), data(1)
     seen = {}
 
@@ -135,7 +135,7 @@ def test_a_handler_may_change_the_loss_of_one_network():
     assert torch.equal(module(trainer, "generator").weight, before)
 
 
-def test_partial_windows_are_closed_and_followed():
+def test_the_generator_runs_after_a_partial_window():
     trainer = make(accumulation_steps=4, discriminator_steps=2)
     trainer.run(data(6), max_epochs=2)
     assert trainer.phases["discriminator"].optimizer_step == 4
@@ -143,7 +143,7 @@ def test_partial_windows_are_closed_and_followed():
     assert trainer.phases["generator"].forward_passes == 8
 
 
-def test_data_of_unknown_length_closes_its_window():
+def test_the_last_window_of_data_of_unknown_length_is_closed():
     class Stream:
         def __iter__(self):
             return iter([torch.ones(SAMPLES, 2)] * 5)
@@ -153,7 +153,7 @@ def test_data_of_unknown_length_closes_its_window():
     assert [phase.optimizer_step for phase in trainer.phases.values()] == [3, 3]
 
 
-def test_frozen_critic_stays_frozen_by_the_handler():
+def test_parameters_frozen_by_a_handler_stay_frozen():
     trainer = make()
     FreezeParameters("0.*", phase="discriminator").attach(trainer)
     before = module(trainer, "discriminator")[0].weight.clone()
@@ -163,7 +163,7 @@ def test_frozen_critic_stays_frozen_by_the_handler():
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_penalty_is_that_of_full_precision_under_amp(amp):
+def test_the_penalty_is_computed_in_full_precision_under_amp(amp):
     (real,) = batches = data(1)
     critic = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
     expected = R1()(critic, real, real).item()
@@ -173,7 +173,7 @@ def test_penalty_is_that_of_full_precision_under_amp(amp):
     assert output["penalty"].dtype == output["discriminator_loss"].dtype == torch.float32
 
 
-def test_fp16_has_a_scaler_for_each_network():
+def test_each_network_has_its_own_fp16_scaler():
     trainer = make(amp="fp16", penalty=GradientPenalty())
     scalers = [phase.precision.scaler for phase in trainer.phases.values()]
     assert None not in scalers
@@ -183,7 +183,7 @@ def test_fp16_has_a_scaler_for_each_network():
     assert trainer.primary.optimizer_step + trainer.primary.skipped_steps == 12
 
 
-def test_a_step_that_the_scaler_skips_gives_the_generator_no_turn():
+def test_the_generator_does_not_run_after_a_step_that_the_scaler_skips():
     trainer = make(amp="fp16")
     for phase in trainer.phases.values():
         phase.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -1,4 +1,4 @@
-"""The penalties against a float64 reference and central differences, and where the snippet from a blog goes wrong."""
+"""Gradient penalties, compared with a float64 reference, central differences and a commonly copied implementation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 
 
 class Critic(nn.Module):
-    """A smooth critic for samples of any shape; its scores come in the order of the samples or in another."""
+    """A smooth critic for samples of any shape. It can return the scores in reverse order."""
 
     def __init__(self, shape: tuple[int, ...], permuted: bool = False) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def samples(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple
 
 
 def reference(critic: Critic, real: torch.Tensor, fake: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """In float64, one sample after the other, the gradient of tanh written out by hand: 10 * mean((norm - 1)**2)."""
+    """The penalty 10 * mean((norm - 1)**2) in float64, sample by sample, with the gradient of tanh written by hand."""
     first, last = critic.first.double(), critic.last.double()
     distances = []
     for r, f, a in zip(real.double(), fake.double(), alpha.double(), strict=True):
@@ -50,7 +50,7 @@ def parameter_gradients(loss: torch.Tensor, critic: nn.Module) -> list[torch.Ten
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, critic.parameters(), strict=True)]
 
 
-def assert_is_the_reference(
+def assert_equals_reference(
     critic: Critic, real: torch.Tensor, fake: torch.Tensor, autocast: torch.dtype | None = None
 ) -> None:
     alpha, tolerance = torch.rand(len(real), dtype=real.dtype), TOLERANCE[real.dtype]
@@ -67,25 +67,25 @@ def assert_is_the_reference(
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rank", SHAPES)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_is_the_reference_in_value_and_parameter_gradients(rank, dtype, permuted):
+def test_the_value_and_parameter_gradients_equal_the_reference(rank, dtype, permuted):
     critic = Critic(SHAPES[rank], permuted).to(dtype)
-    assert_is_the_reference(critic, *samples(SHAPES[rank], dtype))
+    assert_equals_reference(critic, *samples(SHAPES[rank], dtype))
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [2, 4])
-def test_stays_in_float32_under_autocast(rank, autocast):
-    assert_is_the_reference(Critic(SHAPES[rank]), *samples(SHAPES[rank]), autocast)
+def test_the_penalty_is_computed_in_float32_under_autocast(rank, autocast):
+    assert_equals_reference(Critic(SHAPES[rank]), *samples(SHAPES[rank]), autocast)
 
 
-def test_any_memory_format():
+def test_samples_may_have_any_memory_format():
     real, fake = samples(SHAPES[4])
     real = real.contiguous(memory_format=torch.channels_last)
-    assert_is_the_reference(Critic(SHAPES[4]), real, fake.transpose(2, 3).contiguous().transpose(2, 3))
+    assert_equals_reference(Critic(SHAPES[4]), real, fake.transpose(2, 3).contiguous().transpose(2, 3))
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
-def test_parameter_gradients_are_those_of_central_differences(penalty):
+def test_parameter_gradients_equal_central_differences(penalty):
     critic, (real, fake) = Critic((5, 3, 4)).double(), samples((5, 3, 4), torch.float64)
 
     def value() -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_parameter_gradients_are_those_of_central_differences(penalty):
 
 
 def linear_critic(*rows: float) -> nn.Linear:
-    """A critic whose gradient is the same everywhere: ``rows``."""
+    """A critic whose gradient is ``rows`` everywhere."""
     critic = nn.Linear(len(rows), 1, bias=False)
     critic.weight.data = torch.tensor([rows])
     return critic
@@ -124,12 +124,12 @@ def linear_critic(*rows: float) -> nn.Linear:
     ],
     ids=repr,
 )
-def test_value_for_a_gradient_of_norm_five(penalty, expected):
+def test_the_value_for_a_gradient_of_norm_five(penalty, expected):
     assert penalty(linear_critic(3.0, 4.0), *samples((6, 2))).item() == pytest.approx(expected, rel=1e-6)
 
 
-class Recorder(nn.Linear):
-    """Keeps the points at which it was asked."""
+class RecordingCritic(nn.Linear):
+    """A critic that records its inputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.points = x.detach()
@@ -137,14 +137,14 @@ class Recorder(nn.Linear):
 
 
 @pytest.mark.parametrize(("penalty", "expected"), [(R1(), 0), (R2(), 1)], ids=repr)
-def test_points_of_r1_and_r2(penalty, expected):
-    critic, pair = Recorder(3, 1), samples((4, 3))
+def test_r1_uses_real_samples_and_r2_generated_ones(penalty, expected):
+    critic, pair = RecordingCritic(3, 1), samples((4, 3))
     penalty(critic, *pair)
     assert torch.equal(critic.points, pair[expected])
 
 
-def test_points_lie_on_the_line_between_fake_and_real_with_an_alpha_for_each_sample():
-    critic, (real, fake) = Recorder(3, 1), samples((50, 3))
+def test_points_are_interpolated_with_one_alpha_per_sample():
+    critic, (real, fake) = RecordingCritic(3, 1), samples((50, 3))
     GradientPenalty()(critic, real, fake)
     shares = (critic.points - fake) / (real - fake)
     torch.testing.assert_close(shares, shares[:, :1].expand(-1, 3), rtol=1e-3, atol=1e-3)
@@ -152,22 +152,22 @@ def test_points_lie_on_the_line_between_fake_and_real_with_an_alpha_for_each_sam
     assert 0.8 < shares.max() <= 1
 
 
-def test_points_of_dragan_are_the_real_samples_and_noise_of_its_std():
-    critic, (real, fake) = Recorder(30, 1), samples((200, 30))
+def test_dragan_adds_noise_to_the_real_samples():
+    critic, (real, fake) = RecordingCritic(30, 1), samples((200, 30))
     DRAGAN(std=0.25)(critic, real, fake)
     noise = critic.points - real
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     assert noise.std().item() == pytest.approx(0.25, rel=0.05)
 
 
-def test_alpha_is_the_share_of_the_real_sample():
-    critic, (real, fake) = Recorder(3, 1), samples((2, 3))
+def test_alpha_is_the_weight_of_the_real_sample():
+    critic, (real, fake) = RecordingCritic(3, 1), samples((2, 3))
     gradient_penalty(critic, real, fake, alpha=torch.tensor([1.0, 0.0]))
     assert torch.equal(critic.points, torch.stack([real[0], fake[1]]))
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
-def test_finite_where_the_gradient_is_zero(penalty):
+def test_the_penalty_is_finite_for_a_zero_gradient(penalty):
     critic = Critic((4, 3))
     nn.init.zeros_(critic.last.weight)
     value = penalty(critic, *samples((4, 3)))
@@ -177,7 +177,7 @@ def test_finite_where_the_gradient_is_zero(penalty):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
-def test_gradients_go_to_the_critic_alone(penalty):
+def test_only_the_critic_gets_gradients(penalty):
     generator, critic = nn.Linear(2, 3), Critic((4, 3))
     real = torch.randn(4, 3, requires_grad=True)
     penalty(critic, real, generator(torch.randn(4, 2))).backward()
@@ -187,7 +187,7 @@ def test_gradients_go_to_the_critic_alone(penalty):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
-def test_conditions_reach_the_critic_without_their_graph(penalty):
+def test_conditions_are_detached(penalty):
     critic, scale = linear_critic(3.0, 4.0), torch.tensor([2.0], requires_grad=True)
     pair = samples((6, 2))
 
@@ -200,7 +200,7 @@ def test_conditions_reach_the_critic_without_their_graph(penalty):
     assert scale.grad is None
 
 
-def test_half_precision_samples_are_taken_to_float32():
+def test_half_precision_samples_are_converted_to_float32():
     critic, (real, fake) = Critic((4, 3)), samples((4, 3))
     alpha = torch.rand(4)
     own = gradient_penalty(critic, real.bfloat16(), fake.half(), alpha=alpha)
@@ -208,24 +208,24 @@ def test_half_precision_samples_are_taken_to_float32():
     assert own.item() == gradient_penalty(critic, real.bfloat16().float(), fake.half().float(), alpha=alpha).item()
 
 
-def test_samples_made_in_inference_mode_will_do():
+def test_samples_may_be_made_in_inference_mode():
     with torch.inference_mode():
         real, fake = samples((4, 3))
     for penalty in PENALTIES:
         assert penalty(Critic((4, 3)), real, fake).requires_grad
 
 
-def test_a_compiled_critic_is_differentiated_twice():
+def test_a_compiled_critic_can_be_differentiated_twice():
     critic, pair, alpha = Critic((4, 3)), samples((4, 3)), torch.rand(4)
     compiled = torch.compile(critic, backend="eager")
     assert torch.equal(gradient_penalty(compiled, *pair, alpha=alpha), gradient_penalty(critic, *pair, alpha=alpha))
 
 
-# -- what the snippet from a blog gets wrong --------------------------------------------------------------------------
+# -- mistakes of a commonly copied implementation ---------------------------------------------------------------------
 
 
-def blog(critic, real, fake, alpha):
-    """As it is copied around: four dimensions taken for agreed, and one norm over what ``view`` makes of them."""
+def copied_penalty(critic, real, fake, alpha):
+    """The commonly copied penalty. It assumes four dimensions, and flattens with ``view``."""
     alpha = alpha.view(-1, 1, 1, 1)
     points = alpha * real + (1 - alpha) * fake
     points.requires_grad_(True)
@@ -233,52 +233,52 @@ def blog(critic, real, fake, alpha):
     return 10 * ((gradient.view(len(real), -1).norm(2, dim=1) - 1) ** 2).mean()
 
 
-class AnyWidth(nn.Module):
-    """A critic that doesn't mind how many dimensions come before the features."""
+class LastDimensionCritic(nn.Module):
+    """A critic that accepts any number of dimensions before the features."""
 
     def forward(self, x):
         return x.square().flatten(1).sum(1)
 
 
-def test_rank_two_isn_t_taken_for_rank_four():
+def test_samples_of_two_dimensions_are_interpolated_per_sample():
     real, fake = samples((5, 7))
     alpha = torch.rand(5)
     points = alpha[:, None] * real + (1 - alpha[:, None]) * fake
     right = 10 * ((2 * points).norm(dim=1) - 1).square().mean()
-    assert gradient_penalty(AnyWidth(), real, fake, alpha=alpha).item() == pytest.approx(right.item(), rel=1e-5)
-    wrong = blog(AnyWidth(), real, fake, alpha).item()
+    assert gradient_penalty(LastDimensionCritic(), real, fake, alpha=alpha).item() == pytest.approx(right.item(), rel=1e-5)
+    wrong = copied_penalty(LastDimensionCritic(), real, fake, alpha).item()
     assert wrong != pytest.approx(right.item(), rel=0.05)
 
 
-def test_channels_last_doesn_t_fail_as_view_does():
+def test_channels_last_samples_work_although_view_fails():
     critic = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(1))
     real, fake = (x.contiguous(memory_format=torch.channels_last) for x in samples((4, 3, 6, 5)))
     critic(real)
     alpha = torch.rand(4)
     with pytest.raises(RuntimeError, match="view"):
-        blog(critic.to(memory_format=torch.channels_last), real, fake, alpha)
+        copied_penalty(critic.to(memory_format=torch.channels_last), real, fake, alpha)
     own = gradient_penalty(critic, real, fake, alpha=alpha)
     other = gradient_penalty(critic, real.contiguous(), fake.contiguous(), alpha=alpha)
     assert own.item() == pytest.approx(other.item(), rel=1e-5)
 
 
-def test_the_generator_gets_no_gradient_as_the_blog_gives_it():
+def test_the_generator_gets_no_gradient_from_the_penalty():
     generator, critic = nn.Conv2d(1, 1, 1), nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
     real, latents, alpha = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.rand(3)
 
-    def unguarded(fake):  # the blog's, with points that keep their graph
+    def copied_penalty_with_graph(fake):  # the copied penalty with points that are not detached
         points = alpha.view(-1, 1, 1, 1) * real + (1 - alpha.view(-1, 1, 1, 1)) * fake
         (gradient,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
         return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
-    unguarded(generator(latents)).backward()
+    copied_penalty_with_graph(generator(latents)).backward()
     assert generator.weight.grad.abs().max() > 0
     generator.weight.grad = None
     gradient_penalty(critic, real, generator(latents), alpha=alpha).backward()
     assert generator.weight.grad is None
 
 
-def test_no_overflow_under_fp16_where_a_half_precision_square_overflows():
+def test_the_penalty_does_not_overflow_under_fp16():
     critic = linear_critic(300.0, 400.0)
     with torch.autocast("cpu", dtype=torch.float16):
         value = gradient_penalty(critic, *samples((6, 2)))
@@ -289,7 +289,7 @@ def test_no_overflow_under_fp16_where_a_half_precision_square_overflows():
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_batch_norm_in_the_critic_gives_one_warning_that_says_why():
+def test_batch_norm_in_the_critic_gives_one_warning():
     critic = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     with pytest.warns(UserWarning, match=r"BatchNorm \(1\).*depend on the whole batch"):
         GradientPenalty()(critic, *samples((4, 3)))
@@ -300,7 +300,7 @@ def test_batch_norm_in_the_critic_gives_one_warning_that_says_why():
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_under_no_grad_is_an_error(penalty, mode):
+def test_a_penalty_without_gradients_enabled_raises(penalty, mode):
     with mode(), pytest.raises(RuntimeError, match="no_grad"):
         penalty(Critic((4, 3)), *samples((4, 3)))
 
@@ -317,7 +317,7 @@ def test_under_no_grad_is_an_error(penalty, mode):
         (torch.ones(4, 3), [1.0], {}, TypeError, "fake must be a tensor"),
     ],
 )
-def test_samples_that_don_t_fit_are_errors(real, fake, settings, error, text):
+def test_incompatible_samples_raise(real, fake, settings, error, text):
     with pytest.raises(error, match=text):
         gradient_penalty(nn.Linear(3, 1), real, fake, **settings)
 
@@ -333,7 +333,7 @@ def test_samples_that_don_t_fit_are_errors(real, fake, settings, error, text):
         (None, TypeError, "critic must be callable, got None"),
     ],
 )
-def test_critics_that_can_t_be_penalised_are_errors(critic, error, text):
+def test_unsuitable_critics_raise(critic, error, text):
     with pytest.raises(error, match=text):
         gradient_penalty(critic, torch.ones(4, 3), torch.zeros(4, 3))
 
@@ -349,12 +349,12 @@ def test_critics_that_can_t_be_penalised_are_errors(critic, error, text):
         (lambda: R2(every=1.5), "every of R2"),
     ],
 )
-def test_settings_out_of_range_are_errors(make, text):
+def test_arguments_out_of_range_raise(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 
 
-def test_penalty_in_an_objective_of_one_s_own():
+def test_a_penalty_can_be_used_in_a_custom_objective():
     critic = Critic((4, 3))
     trainer = create_trainer(
         critic,

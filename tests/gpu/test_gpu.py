@@ -1,4 +1,4 @@
-"""What holds on a GPU alone: nothing waits for the device, nothing grows, and the numbers are those of the loop by hand."""
+"""Training on a GPU: synchronization, numbers, CUDA graphs, resuming and memory."""
 
 import itertools
 import warnings
@@ -35,13 +35,13 @@ PRECISIONS = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.usefixtures("_exact"),
+    pytest.mark.usefixtures("_deterministic"),
 ]
 
 
 @pytest.fixture
-def _exact(monkeypatch):
-    """The same sums at each call, so that bits can be compared."""
+def _deterministic(monkeypatch):
+    """Deterministic algorithms, so that results can be compared bit for bit."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     yield
@@ -77,14 +77,14 @@ def differing(left, right):
     return {name for name in left if not torch.equal(left[name], right[name])}
 
 
-def without_waiting(trainer, mode="error"):
-    """Makes any wait inside the epoch's iterations an error, or a warning."""
+def check_synchronization(trainer, mode="error"):
+    """Makes each synchronization inside the iterations of an epoch an error or a warning."""
     trainer.add_event_handler_at(10_000, Events.EPOCH_STARTED, lambda: torch.cuda.set_sync_debug_mode(mode))
     trainer.add_event_handler_at(-10_000, Events.EPOCH_COMPLETED, lambda: torch.cuda.set_sync_debug_mode("default"))
 
 
 def full_trainer(folder, amp=None, optimizer=None, **options):
-    """A trainer with everything attached."""
+    """A trainer with most handlers attached."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, **optimizer or {})
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
@@ -98,48 +98,48 @@ def full_trainer(folder, amp=None, optimizer=None, **options):
     return trainer
 
 
-# -- waiting --------------------------------------------------------------------------------------------------------------
+# -- synchronization --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amp", [None, "bf16"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["loader", "prefetched"])
-def test_a_whole_epoch_waits_for_nothing(tmp_path, amp, ahead):
+@pytest.mark.parametrize("prefetched", [False, True], ids=["loader", "prefetched"])
+def test_an_epoch_does_not_synchronize(tmp_path, amp, prefetched):
     trainer = full_trainer(tmp_path, amp)
-    without_waiting(trainer)
-    trainer.run(Prefetch(loader_of(), DEVICE) if ahead else loader_of(), max_epochs=2)
+    check_synchronization(trainer)
+    trainer.run(Prefetch(loader_of(), DEVICE) if prefetched else loader_of(), max_epochs=2)
     assert trainer.state.optimizer_step == 12
 
 
 @pytest.mark.parametrize("guard", [False, True])
-def test_the_scalers_check_and_the_guards_are_one_wait_for_each_step(tmp_path, guard):
+def test_the_scaler_and_the_guard_synchronize_once_per_step(tmp_path, guard):
     trainer = full_trainer(tmp_path, "fp16")
     if guard:
         NonFiniteGuard("skip").attach(trainer)
-    without_waiting(trainer, "warn")
+    check_synchronization(trainer, "warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.run(loader_of())
-    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
-    assert len(waits) == trainer.state.optimizer_step + trainer.state.skipped_steps
+    syncs = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    assert len(syncs) == trainer.state.optimizer_step + trainer.state.skipped_steps
 
 
 @pytest.mark.parametrize("penalty", [None, GradientPenalty(), R1()], ids=["none", "wgan-gp", "r1"])
-def test_a_gan_waits_for_nothing(penalty):
+def test_a_gan_does_not_synchronize(penalty):
     torch.manual_seed(0)
     generator, critic = nn.Linear(4, 16).to(DEVICE), nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1)).to(DEVICE)
     optimizers = [torch.optim.Adam(module.parameters(), fused=True) for module in (generator, critic)]
     trainer = create_gan_trainer(generator, critic, *optimizers, latent=4, penalty=penalty, discriminator_steps=2)
     GradientClipping(1.0, phase="generator").attach(trainer)
-    without_waiting(trainer)
+    check_synchronization(trainer)
     trainer.run([x for x, _ in on_device()])
     assert trainer.phases["generator"].optimizer_step == 6
 
 
-# -- numbers --------------------------------------------------------------------------------------------------------------
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def by_hand(dtype, batches, epochs=2, window=2):
-    """What a careful person writes."""
+def train_by_hand(dtype, batches, epochs=2, window=2):
+    """A loop written by hand. Returns the weights."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
@@ -158,8 +158,8 @@ def by_hand(dtype, batches, epochs=2, window=2):
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-def test_the_same_weights_as_by_hand(amp):
-    expected = by_hand(PRECISIONS[amp], on_device())
+def test_the_trainer_equals_a_loop_written_by_hand(amp):
+    expected = train_by_hand(PRECISIONS[amp], on_device())
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = create_trainer(model, optimizer, nn.functional.cross_entropy, amp=amp, accumulation_steps=2, clip_grad_norm=1.0)
@@ -167,22 +167,22 @@ def test_the_same_weights_as_by_hand(amp):
     assert differing(expected, weights(model)) == set()
 
 
-def trained(prepare=lambda module: module, data=None, **options):
+def train(prepare=lambda module: module, data=None, **options):
     model = prepare(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
     create_trainer(model, optimizer, nn.functional.cross_entropy).run(data or on_device(), max_epochs=2)
     return weights(getattr(model, "_orig_mod", model))
 
 
-def test_a_batch_fetched_ahead_is_the_one_of_the_loader():
+def test_prefetch_does_not_change_the_batches():
     moved = [(x.to(DEVICE), y.to(DEVICE)) for x, y in loader_of()]
-    assert differing(trained(data=moved), trained(data=Prefetch(loader_of(), DEVICE))) == set()
-    assert differing(trained(data=moved), trained(data=Prefetch(loader_of(num_workers=2), DEVICE))) == set()
+    assert differing(train(data=moved), train(data=Prefetch(loader_of(), DEVICE))) == set()
+    assert differing(train(data=moved), train(data=Prefetch(loader_of(num_workers=2), DEVICE))) == set()
 
 
 @pytest.mark.parametrize("kernels", ["fused", "foreach"])
-def test_other_kernels_of_the_optimizer_give_the_same_to_rounding(kernels):
-    expected, found = trained(), trained(**{kernels: True})
+def test_other_optimizer_kernels_give_the_same_weights_up_to_rounding(kernels):
+    expected, found = train(), train(**{kernels: True})
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
@@ -190,11 +190,11 @@ def test_other_kernels_of_the_optimizer_give_the_same_to_rounding(kernels):
 def test_a_compiled_model_trains():
     torch.use_deterministic_algorithms(False)
     prepared = partial(torch.compile, mode="reduce-overhead")
-    found = trained(lambda module: prepared(nn.Sequential(*[layer for layer in module if not isinstance(layer, nn.Dropout)])))
+    found = train(lambda module: prepared(nn.Sequential(*[layer for layer in module if not isinstance(layer, nn.Dropout)])))
     assert all(value.isfinite().all() for value in found.values())
 
 
-def test_channels_last_stays():
+def test_channels_last_is_kept():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).to(DEVICE)
     model = model.to(memory_format=torch.channels_last)
@@ -204,11 +204,11 @@ def test_channels_last_stays():
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-# -- graphs --------------------------------------------------------------------------------------------------------------
+# -- graphs -----------------------------------------------------------------------------------------------------------
 
 
-def captured(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **options):
-    """A run whose learning rate is the same number as a tensor and not; gives weights, losses and norms."""
+def train_and_record(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **options):
+    """Trains with a learning rate that is exact in every floating-point type. Returns all results and the trainer."""
     model, seen = network(), []
     kernels = {"fused": True} if made is torch.optim.SGD else {"capturable": True}
     optimizer = made(model.parameters(), lr=2.0**-7, **kernels)
@@ -226,30 +226,32 @@ def captured(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **
 
 @pytest.mark.parametrize("amp", PRECISIONS)
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_a_captured_step_gives_the_same_bits(amp, window):
-    (expected, _), (found, trainer) = (captured(c, on_device(), amp=amp, accumulation_steps=window) for c in (False, True))
+def test_a_captured_step_is_bit_identical(amp, window):
+    (expected, _), (found, trainer) = (
+        train_and_record(c, on_device(), amp=amp, accumulation_steps=window) for c in (False, True)
+    )
     assert differing(expected, found) == set()
     assert trainer.primary.execution._guards, "nothing was captured"
 
 
 @pytest.mark.parametrize("made", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
-def test_a_captured_step_of_other_optimizers_gives_the_same_bits(made):
-    (expected, _), (found, _) = (captured(c, on_device(), made=made) for c in (False, True))
+def test_a_captured_step_of_other_optimizers_is_bit_identical(made):
+    (expected, _), (found, _) = (train_and_record(c, on_device(), made=made) for c in (False, True))
     assert differing(expected, found) == set()
 
 
-def test_a_captured_step_waits_for_nothing(tmp_path):
+def test_a_captured_step_does_not_synchronize(tmp_path):
     trainer = full_trainer(tmp_path, "bf16", optimizer={"capturable": True}, capture=True)
-    without_waiting(trainer)
+    check_synchronization(trainer)
     trainer.run(Prefetch(loader_of(num_workers=2), DEVICE), max_epochs=4)
     assert trainer.state.optimizer_step == 24
 
 
-def test_a_loss_that_waits_can_not_be_captured_and_the_device_lives_on():
+def test_a_loss_that_synchronizes_cannot_be_captured_and_the_device_still_works():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    waits = lambda y_pred, y: nn.functional.cross_entropy(y_pred, y) * y_pred.max().item()  # noqa: E731
-    trainer = create_trainer(model, optimizer, waits, capture=True)
+    synchronizing_loss = lambda y_pred, y: nn.functional.cross_entropy(y_pred, y) * y_pred.max().item()  # noqa: E731
+    trainer = create_trainer(model, optimizer, synchronizing_loss, capture=True)
     stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="can't be captured as a CUDA graph"):
         trainer.run(on_device())
@@ -257,7 +259,7 @@ def test_a_loss_that_waits_can_not_be_captured_and_the_device_lives_on():
     assert float(torch.ones(3, device=DEVICE).sum()) == 3
 
 
-def test_the_memory_of_a_captured_run_does_not_grow():
+def test_device_memory_does_not_grow_with_graphs():
     allocated = []
     model = network()
     trainer = create_trainer(
@@ -269,33 +271,33 @@ def test_the_memory_of_a_captured_run_does_not_grow():
     assert len(set(allocated)) == 1, allocated
 
 
-# -- resume ---------------------------------------------------------------------------------------------------------------
+# -- resume -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("ahead", [False, True], ids=["loader", "prefetched"])
+@pytest.mark.parametrize("prefetched", [False, True], ids=["loader", "prefetched"])
 @pytest.mark.parametrize("capture", [False, True], ids=["eager", "captured"])
-def test_a_resumed_run_is_the_same_bit_for_bit(amp, ahead, capture):
+def test_a_resumed_run_is_bit_identical(amp, prefetched, capture):
     def make_run(folder):
         seed_everything(0)
         trainer = full_trainer(folder, amp, optimizer={"capturable": capture}, capture=capture)
         loader = loader_of(shuffle=True)
-        return trainer, lambda: trainer.run(Prefetch(loader, DEVICE) if ahead else loader, max_epochs=2)
+        return trainer, lambda: trainer.run(Prefetch(loader, DEVICE) if prefetched else loader, max_epochs=2)
 
     assert_resumes_exactly(make_run, stops=[1, 6, 12, 13])
 
 
-def test_an_evaluator_leaves_the_devices_random_state_alone():
+def test_an_evaluator_preserves_the_random_state_of_the_device():
     evaluator = create_evaluator(network())
     before = torch.cuda.get_rng_state()
     evaluator.run(on_device())
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-# -- memory ---------------------------------------------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_devices_memory_does_not_grow(tmp_path):
+def test_device_memory_does_not_grow(tmp_path):
     trainer, allocated = full_trainer(tmp_path), []
     note = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), note)
@@ -304,7 +306,7 @@ def test_the_devices_memory_does_not_grow(tmp_path):
     assert len(set(allocated[1:])) == 1, allocated
 
 
-def test_nothing_of_the_graph_is_kept_between_iterations(tmp_path):
+def test_no_autograd_graph_is_kept_between_iterations(tmp_path):
     trainer, peaks = full_trainer(tmp_path), []
 
     @trainer.on(StepEvents.FORWARD_STARTED)

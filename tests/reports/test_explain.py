@@ -43,7 +43,7 @@ def full_trainer():
     return trainer
 
 
-def test_explain_is_the_cycle_as_text():
+def test_explain_returns_the_cycle_as_text():
     assert full_trainer().explain() == "\n".join(
         [
             "model: Linear on cpu, SGD, 4 batches a step (a shorter last window: drop), bfloat16",
@@ -103,14 +103,14 @@ def test_explain_names_a_filter_that_is_a_function():
     assert "print  (weekends)" in trainer.explain()
 
 
-def test_explain_shows_rare_events_only_where_somebody_listens():
+def test_explain_shows_rare_events_only_if_they_have_handlers():
     trainer = trainer_of()
     assert "TERMINATE" not in trainer.explain()
     trainer.add_event_handler(Events.TERMINATE, lambda: None)
     assert "TERMINATE" in trainer.explain()
 
 
-def test_explain_shows_the_packages_own_filters_as_words(tmp_path):
+def test_explain_describes_internal_filters_in_words(tmp_path):
     trainer = trainer_of()
     CheckpointRotation(tmp_path, keep_best=1, metric="score").attach(trainer)
     camshaft.EarlyStopping("score").attach(trainer)
@@ -122,7 +122,7 @@ def test_explain_shows_the_packages_own_filters_as_words(tmp_path):
     assert {"CheckpointRotation.check_at_end", "EarlyStopping.check_at_end"} <= set(lines)
 
 
-def test_explain_shows_a_name_beside_the_class():
+def test_explain_shows_the_name_and_the_class_of_a_handler():
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer)
@@ -133,7 +133,7 @@ def test_explain_shows_a_name_beside_the_class():
     assert "    GradientClipping2(max_norm=1.0).clip" in text
 
 
-def test_explain_shows_what_may_come_at_any_time_at_the_end():
+def test_explain_shows_events_without_a_fixed_time_at_the_end():
     trainer = trainer_of()
     for event in (Events.INTERRUPT, Events.EXCEPTION_RAISED, Events.TERMINATE):
         trainer.add_event_handler(event, lambda *_: None)
@@ -147,7 +147,7 @@ def test_explain_shows_every_phase():
     assert text[1] == "second: Linear on cpu, SGD, after every 2 steps of first"
 
 
-def test_the_factorys_arguments_are_the_handlers_they_are_shorthand_for():
+def test_explain_shows_arguments_as_the_handlers_they_attach():
     model = linear()
     short = create_trainer(
         model, sgd(model), mse_loss, amp="bf16", accumulation_steps=3, clip_grad_norm=0.5, clip_grad_value=0.1

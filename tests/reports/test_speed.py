@@ -1,4 +1,4 @@
-"""What ``explain(speed=True)`` finds in a run, and that it leaves the run as it was. No test looks at how fast anything is."""
+"""What ``explain(speed=True)`` suggests. No test depends on how fast anything is."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from speed_runs import FIGURE, game, picture_data, picture_trainer, said
+from speed_runs import MEASUREMENT, picture_data, picture_trainer, small_gan, speed_report
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset
@@ -26,105 +26,105 @@ CHANNELS_LAST = "model.to(memory_format=torch.channels_last)"
 needs_bf16 = pytest.mark.skipif(not is_quick_at_bf16(CPU), reason="the CPU has no instructions for bfloat16")
 
 
-def sentence(word, text):
-    """All that is said of a word: where it is advised, and why; or that it gains nothing."""
+def advice_about(word, text):
+    """The line of the report that contains the text, with its explanation."""
     (found,) = re.findall(rf"^.*{re.escape(word)}.*(?:\n      .*)?", text, re.MULTILINE)
     return found
 
 
-def taken(text):
+def already_enabled(text):
     line = next((line for line in text.splitlines() if line.startswith("taken already: ")), "")
     return re.split(r", (?!\w+=)(?!\.)", line.removeprefix("taken already: "))
 
 
-def words(advice):
+def suggestions(advice):
     return [item.suggestion for item in advice if not item.enabled]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
 def test_a_fused_optimizer_is_measured(kind):
     model = linear()
-    text = said(trainer_of(model, kind(model.parameters(), lr=0.01)))
-    assert re.search(FIGURE, sentence(f"torch.optim.{kind.__name__}(..., fused=True)", text))
+    text = speed_report(trainer_of(model, kind(model.parameters(), lr=0.01)))
+    assert re.search(MEASUREMENT, advice_about(f"torch.optim.{kind.__name__}(..., fused=True)", text))
 
 
-def test_an_optimizer_without_a_fused_form_is_measured_in_the_foreach_one():
+def test_an_optimizer_without_a_fused_kernel_is_measured_with_foreach():
     model = linear()
-    text = said(trainer_of(model, torch.optim.RMSprop(model.parameters())))
-    assert re.search(FIGURE, sentence("torch.optim.RMSprop(..., foreach=True)", text))
+    text = speed_report(trainer_of(model, torch.optim.RMSprop(model.parameters())))
+    assert re.search(MEASUREMENT, advice_about("torch.optim.RMSprop(..., foreach=True)", text))
 
 
 @pytest.mark.parametrize(
     ("kind", "form"), [(torch.optim.AdamW, "fused"), (torch.optim.SGD, "fused"), (torch.optim.RMSprop, "foreach")]
 )
-def test_a_form_that_is_taken_is_not_advised(kind, form):
+def test_an_enabled_kernel_is_not_suggested(kind, form):
     model = linear()
-    text = said(trainer_of(model, kind(model.parameters(), **{form: True})))
-    assert f"torch.optim.{kind.__name__}(..., {form}=True)" in taken(text)
+    text = speed_report(trainer_of(model, kind(model.parameters(), **{form: True})))
+    assert f"torch.optim.{kind.__name__}(..., {form}=True)" in already_enabled(text)
 
 
-def test_one_group_without_the_form_is_enough_to_advise_it():
+def test_a_kernel_is_suggested_if_one_group_does_not_use_it():
     model = linear()
     groups = [{"params": [model.weight], "fused": True}, {"params": [model.bias], "fused": False}]
-    assert words(about_kernel(torch.optim.SGD(groups))) == ["torch.optim.SGD(..., fused=True)"]
+    assert suggestions(about_kernel(torch.optim.SGD(groups))) == ["torch.optim.SGD(..., fused=True)"]
 
 
-def test_foreach_is_what_torch_takes_by_itself_but_for_a_cpu():
+def test_foreach_counts_as_enabled_where_torch_uses_it_by_default():
     optimizer = torch.optim.RMSprop([torch.zeros(2, device="meta", requires_grad=True)])
     assert [(advice.suggestion, advice.enabled) for advice in about_kernel(optimizer)] == [
         ("torch.optim.RMSprop(..., foreach=True)", True)
     ]
 
 
-def test_a_differentiable_optimizer_has_no_other_form():
+def test_a_differentiable_optimizer_has_no_other_kernel():
     assert list(about_kernel(torch.optim.Adam([torch.zeros(2, requires_grad=True)], differentiable=True))) == []
 
 
-def test_complex_parameters_have_no_fused_form():
+def test_complex_parameters_have_no_fused_kernel():
     optimizer = torch.optim.Adam([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
-    assert words(about_kernel(optimizer)) == ["torch.optim.Adam(..., foreach=True)"]
+    assert suggestions(about_kernel(optimizer)) == ["torch.optim.Adam(..., foreach=True)"]
 
 
-def test_sparse_gradients_have_no_fused_form():
+def test_sparse_gradients_have_no_fused_kernel():
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
     trainer = create_trainer(model, sgd(model), None, compute_loss=lambda model, batch: model(batch).mean())
-    assert "torch.optim" not in said(trainer)
+    assert "torch.optim" not in speed_report(trainer)
 
 
-def test_several_optimizers_of_a_phase_are_each_measured():
+def test_each_optimizer_of_a_phase_is_measured():
     model = linear()
     pair = [torch.optim.Adam([model.weight]), torch.optim.SGD([model.bias])]
-    text = said(trainer_of(model, pair))
-    assert all(re.search(FIGURE, sentence(f"torch.optim.{name}(..., fused=True)", text)) for name in ("Adam", "SGD"))
+    text = speed_report(trainer_of(model, pair))
+    assert all(re.search(MEASUREMENT, advice_about(f"torch.optim.{name}(..., fused=True)", text)) for name in ("Adam", "SGD"))
 
 
-def test_more_than_fits_is_not_copied():
-    expanded = torch.zeros(1).expand(2**28).requires_grad_()  # a single number in memory, a gibibyte as a copy
+def test_parameters_that_do_not_fit_in_memory_are_not_copied():
+    expanded = torch.zeros(1).expand(2**28).requires_grad_()  # one number in memory, but a copy takes 1 GiB
     assert time_kernel(torch.optim.SGD([expanded]), "fused") == "not measured: copies of 1 tensors would take 6.0 GiB"
 
 
-class Thorough(torch.optim.SGD):
-    """An optimizer that clears gradients in a way of its own."""
+class OverridesZeroGrad(torch.optim.SGD):
+    """An optimizer that overrides ``zero_grad``."""
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none=False)
 
 
-def test_a_zero_grad_of_ones_own_is_named():
+def test_an_overridden_zero_grad_is_reported():
     model = linear()
-    text = said(trainer_of(model, Thorough(model.parameters(), lr=0.1)))
-    assert "Thorough.zero_grad" in sentence("zero_grad(set_to_none=True)", text)
+    text = speed_report(trainer_of(model, OverridesZeroGrad(model.parameters(), lr=0.1)))
+    assert "OverridesZeroGrad.zero_grad" in advice_about("zero_grad(set_to_none=True)", text)
 
 
-def test_torchs_zero_grad_is_not_named():
-    assert "zero_grad" not in said(trainer_of())
+def test_the_default_zero_grad_is_not_reported():
+    assert "zero_grad" not in speed_report(trainer_of())
 
 
-def test_who_listens_to_every_optimizer_does_not_hear_of_copies():
+def test_global_optimizer_hooks_are_not_called_for_copies():
     trainer, stepped = trainer_of(), []
     handle = register_optimizer_step_post_hook(lambda *_: stepped.append(1))
     try:
-        assert re.search(FIGURE, said(trainer))
+        assert re.search(MEASUREMENT, speed_report(trainer))
         assert stepped == []
         trainer.run(batches(2))
     finally:
@@ -135,33 +135,33 @@ def test_who_listens_to_every_optimizer_does_not_hear_of_copies():
 def test_channels_last_is_measured_on_the_last_batch():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4))
-    assert re.search(FIGURE, sentence(CHANNELS_LAST, said(trainer)))
+    assert re.search(MEASUREMENT, advice_about(CHANNELS_LAST, speed_report(trainer)))
 
 
 def test_channels_last_is_not_measured_before_a_batch_is_seen():
-    assert "not measured: no batch has been seen yet" in sentence(CHANNELS_LAST, said(picture_trainer()))
+    assert "not measured: no batch has been seen yet" in advice_about(CHANNELS_LAST, speed_report(picture_trainer()))
 
 
-def test_channels_last_is_not_measured_where_the_objective_is_the_users():
+def test_channels_last_is_not_measured_with_a_custom_objective():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     trainer = create_trainer(model, sgd(model), None, compute_loss=lambda model, batch: model(batch).mean())
     trainer.run([torch.randn(2, 3, 5, 5)])
-    assert "only its objective knows how the network is called" in sentence(CHANNELS_LAST, said(trainer))
+    assert "only its objective knows how the network is called" in advice_about(CHANNELS_LAST, speed_report(trainer))
 
 
-def test_channels_last_that_is_taken_is_not_advised():
+def test_enabled_channels_last_is_not_suggested():
     trainer = picture_trainer()
     trainer.primary.module.to(memory_format=torch.channels_last)
-    assert CHANNELS_LAST in taken(said(trainer))
+    assert CHANNELS_LAST in already_enabled(speed_report(trainer))
 
 
-def test_channels_last_is_for_convolutions_alone():
-    assert "channels_last" not in said(trainer_of())
+def test_channels_last_is_suggested_only_for_convolutions():
+    assert "channels_last" not in speed_report(trainer_of())
 
 
-def test_convolutions_in_three_dimensions_have_a_layout_of_their_own():
+def test_3d_convolutions_use_channels_last_3d():
     model = nn.Conv3d(2, 3, 3)
-    text = said(trainer_of(model, sgd(model)))
+    text = speed_report(trainer_of(model, sgd(model)))
     assert "torch.channels_last_3d" in text
     assert CHANNELS_LAST not in text
 
@@ -170,158 +170,160 @@ def test_convolutions_in_three_dimensions_have_a_layout_of_their_own():
 def test_mixed_precision_is_measured():
     trainer = trainer_of()
     trainer.run(batches(2))
-    assert re.search(FIGURE, sentence('MixedPrecision("bf16").attach(trainer)', said(trainer)))
+    assert re.search(MEASUREMENT, advice_about('MixedPrecision("bf16").attach(trainer)', speed_report(trainer)))
 
 
-def test_mixed_precision_that_is_taken_is_not_advised():
-    text = said(trainer_of(amp="bf16"))
-    assert "mixed precision in bfloat16" in taken(text)
+def test_enabled_mixed_precision_is_not_suggested():
+    text = speed_report(trainer_of(amp="bf16"))
+    assert "mixed precision in bfloat16" in already_enabled(text)
     assert "MixedPrecision" not in text
 
 
-def test_a_compiled_network_is_not_to_be_compiled():
+def test_compiling_a_compiled_network_is_not_suggested():
     model = linear()
     optimizer = sgd(model)
-    assert "torch.compile(model)" in taken(said(trainer_of(torch.compile(model, backend="eager"), optimizer)))
+    assert "torch.compile(model)" in already_enabled(speed_report(trainer_of(torch.compile(model, backend="eager"), optimizer)))
 
 
 def test_a_network_with_hooks_is_not_copied():
     trainer, called = picture_trainer(), []
     trainer.run(DataLoader(picture_data(), 4))
     trainer.primary.module[0].register_forward_hook(lambda *_: called.append(1))
-    assert "there are hooks on the network" in sentence(CHANNELS_LAST, said(trainer))
+    assert "there are hooks on the network" in advice_about(CHANNELS_LAST, speed_report(trainer))
     assert called == []
 
 
-class Uncopied(nn.Conv2d):
-    """A layer of which there can be no second one."""
+class CannotBeCopied(nn.Conv2d):
+    """A layer that cannot be copied."""
 
     def __deepcopy__(self, memo):
-        raise TypeError("there is but one of me")
+        raise TypeError("this layer cannot be copied")
 
 
-def test_a_network_that_cannot_be_copied_is_said_to_be_so():
-    trainer = picture_trainer(Uncopied)
+def test_a_network_that_cannot_be_copied_is_reported():
+    trainer = picture_trainer(CannotBeCopied)
     trainer.run(DataLoader(picture_data(), 4))
-    assert "not measured: TypeError: there is but one of me" in sentence(CHANNELS_LAST, said(trainer))
+    assert "not measured: TypeError: this layer cannot be copied" in advice_about(CHANNELS_LAST, speed_report(trainer))
 
 
 def test_a_wrapped_network_is_not_measured():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4))
     trainer.primary.module = nn.DataParallel(trainer.primary.module)
-    assert "the network is wrapped (DataParallel)" in sentence(CHANNELS_LAST, said(trainer))
+    assert "the network is wrapped (DataParallel)" in advice_about(CHANNELS_LAST, speed_report(trainer))
 
 
-UNKNOWN = "not known before the first run: the data, and what its loader could do"
+UNKNOWN_DATA = "not known before the first run: the data, and what its loader could do"
 
 
-def test_before_the_first_run_the_data_is_not_known():
-    assert said(trainer_of()).endswith(UNKNOWN)
+def test_before_the_first_run_the_data_is_unknown():
+    assert speed_report(trainer_of()).endswith(UNKNOWN_DATA)
 
 
 def test_after_a_run_the_data_is_known():
     trainer = trainer_of()
     trainer.run(batches(2))
-    assert UNKNOWN not in said(trainer)
+    assert UNKNOWN_DATA not in speed_report(trainer)
 
 
 @pytest.mark.usefixtures("collected")
-def test_the_time_worker_start_is_measured():
+def test_the_start_of_workers_is_measured():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4, num_workers=1), max_epochs=2)
-    assert re.search(r"measured \d+ ms an epoch", sentence("DataLoader(..., persistent_workers=True)", said(trainer)))
+    assert re.search(
+        r"measured \d+ ms an epoch", advice_about("DataLoader(..., persistent_workers=True)", speed_report(trainer))
+    )
 
 
 @pytest.mark.usefixtures("collected")
-def test_workers_that_persist_are_not_advised():
+def test_enabled_persistent_workers_are_not_suggested():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4, num_workers=1, persistent_workers=True), max_epochs=2)
-    assert "DataLoader(..., persistent_workers=True)" in taken(said(trainer))
+    assert "DataLoader(..., persistent_workers=True)" in already_enabled(speed_report(trainer))
 
 
-def test_workers_of_one_epoch_need_not_persist():
+def test_persistent_workers_are_not_suggested_for_one_epoch():
     loader = DataLoader(picture_data(), 4, num_workers=1)
     assert list(about_data(loader, CPU, non_blocking=True, epochs=1)) == []
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no room for workers")
-def test_workers_are_advised_where_there_are_none():
-    (word,) = words(about_data(DataLoader(picture_data(), 4), CPU, non_blocking=True, epochs=2))
+def test_workers_are_suggested_for_a_loader_without_workers():
+    (word,) = suggestions(about_data(DataLoader(picture_data(), 4), CPU, non_blocking=True, epochs=2))
     assert re.fullmatch(r"DataLoader\(\.\.\., num_workers=[1-4]\)", word)
 
 
 class Stream(IterableDataset):
-    """Samples without a number."""
+    """A dataset without a length."""
 
     def __iter__(self):
         return iter(range(4))
 
 
-def test_workers_are_not_advised_where_each_would_give_every_sample():
+def test_workers_are_not_suggested_for_an_iterable_dataset():
     assert list(about_data(DataLoader(Stream()), CPU, non_blocking=True, epochs=2)) == []
 
 
-def test_a_gpu_wants_pinned_batches_fetched_ahead():
-    found = words(about_data(DataLoader(picture_data(), 4, num_workers=1), CUDA, non_blocking=True, epochs=1))
+def test_pinned_memory_and_prefetch_are_suggested_for_a_gpu():
+    found = suggestions(about_data(DataLoader(picture_data(), 4, num_workers=1), CUDA, non_blocking=True, epochs=1))
     assert found == ["DataLoader(..., pin_memory=True)", "Prefetch(loader, device)"]
 
 
-def test_pinned_batches_want_copies_that_do_not_wait():
+def test_non_blocking_copies_are_suggested_for_pinned_memory():
     loader = DataLoader(picture_data(), 4, num_workers=1, pin_memory=True)
-    assert "non_blocking=True" in words(about_data(loader, CUDA, non_blocking=False, epochs=1))
-    assert "non_blocking=True" not in words(about_data(loader, CUDA, non_blocking=True, epochs=1))
+    assert "non_blocking=True" in suggestions(about_data(loader, CUDA, non_blocking=False, epochs=1))
+    assert "non_blocking=True" not in suggestions(about_data(loader, CUDA, non_blocking=True, epochs=1))
 
 
-def test_a_gpu_gets_no_advice_of_data_that_is_not_known():
+def test_nothing_is_suggested_for_unknown_data_on_a_gpu():
     assert list(about_data(None, CUDA, non_blocking=True, epochs=None)) == []
 
 
-def test_anomaly_detection_is_named():
+def test_anomaly_detection_is_reported():
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
-        text = said(trainer_of())
-    assert "a setting of the whole process" in sentence("torch.autograd.set_detect_anomaly(False)", text)
-    assert "anomaly" not in said(trainer_of())
+        text = speed_report(trainer_of())
+    assert "a setting of the whole process" in advice_about("torch.autograd.set_detect_anomaly(False)", text)
+    assert "anomaly" not in speed_report(trainer_of())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_gpu_has_settings_of_its_own():
+def test_settings_for_a_gpu_are_suggested():
     trainer = trainer_of(picture_trainer().primary.module.cuda(), loss_fn=nn.functional.cross_entropy)
     trainer.run(DataLoader(picture_data(), 4))
-    text = said(trainer)
+    text = speed_report(trainer)
     assert all(word in text for word in ("torch.backends.cudnn.benchmark = True", "pin_memory=True", "Prefetch"))
 
 
-def test_both_networks_of_a_gan_are_measured_by_name():
-    trainer = game()
+def test_both_networks_of_a_gan_are_measured():
+    trainer = small_gan()
     trainer.run([torch.randn(3, 2)] * 2)
-    found = re.findall(rf"(\w+): Adam steps 2 tensors on cpu without it; {FIGURE}", said(trainer))
+    found = re.findall(rf"(\w+): Adam steps 2 tensors on cpu without it; {MEASUREMENT}", speed_report(trainer))
     assert sorted(found) == ["discriminator", "generator"]
 
 
-def test_a_network_is_measured_in_the_others_turn_too():
-    trainer, texts = game(), []
-    trainer.on(StepEvents.FORWARD_COMPLETED(phase="generator", once=1))(lambda engine: texts.append(said(engine)))
+def test_each_network_is_measured_during_the_phase_of_the_other():
+    trainer, texts = small_gan(), []
+    trainer.on(StepEvents.FORWARD_COMPLETED(phase="generator", once=1))(lambda engine: texts.append(speed_report(engine)))
     trainer.run([torch.randn(3, 2)] * 2)
-    assert re.search(rf"discriminator: Adam steps 2 tensors on cpu without it; {FIGURE}", texts[0])
+    assert re.search(rf"discriminator: Adam steps 2 tensors on cpu without it; {MEASUREMENT}", texts[0])
     assert all(parameter.requires_grad for parameter in trainer.primary.module.parameters())
 
 
-def test_a_network_whose_gradient_is_penalised_is_not_to_be_compiled():
-    compiled = re.findall(r"(\w+): Linear runs one operation", said(game(penalty=GradientPenalty())))
+def test_compiling_a_network_with_a_gradient_penalty_is_not_suggested():
+    compiled = re.findall(r"(\w+): Linear runs one operation", speed_report(small_gan(penalty=GradientPenalty())))
     assert "discriminator" not in compiled
 
 
-def test_phases_with_objectives_of_ones_own():
+def test_phases_with_custom_objectives_are_supported():
     model = linear()
     phase = Phase("mine", model, sgd(model), lambda engine, batch: model(batch[0]).square().mean())
     trainer = Trainer([phase])
     trainer.run(batches(2))
-    assert "torch.optim.SGD(..., fused=True)" in said(trainer)
+    assert "torch.optim.SGD(..., fused=True)" in speed_report(trainer)
 
 
-TWO = """
+TWO_PROCESSES = """
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from camshaft import create_trainer
@@ -337,11 +339,11 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_of_several_processes_one_can_ask_and_nothing_is_measured(tmp_path):
+def test_nothing_is_measured_with_several_processes(tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(TWO)
+    script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
-    assert "not measured: several processes train" in sentence("torch.optim.SGD(..., fused=True)", done.stdout)
+    assert "not measured: several processes train" in advice_about("torch.optim.SGD(..., fused=True)", done.stdout)
     assert "times as fast" not in done.stdout

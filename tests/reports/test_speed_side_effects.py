@@ -7,27 +7,27 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from speed_runs import FIGURE, game, picture_data, picture_trainer, said
+from speed_runs import MEASUREMENT, picture_data, picture_trainer, small_gan, speed_report
 from torch.utils.data import DataLoader
 from toys import same, weights
 
 from camshaft import GradientPenalty, StepEvents
 
 
-def generators():
+def generator_states():
     _, keys, *rest = np.random.get_state()
     return random.getstate(), (keys.tolist(), *rest), torch.get_rng_state().tolist()
 
 
-def everything(trainer):
-    """All that a run leaves: weights, gradients, optimizer states, clocks and generators."""
+def full_state(trainer):
+    """Everything that a run changes: weights, gradients, optimizer states, clocks and random states."""
     states, clocks = [], []
     for phase in trainer.phases.values():
         states += weights(phase.module) + [p.grad.clone() for p in phase.parameters() if p.grad is not None]
         for optimizer in phase.optimizers:
             states += [value.clone() for state in optimizer.state.values() for value in state.values()]
         clocks.append((phase.optimizer_step, phase.skipped_steps, phase.forward_passes, phase.window.batches))
-    return states, (clocks, trainer.state.iteration, trainer.state.epoch), generators()
+    return states, (clocks, trainer.state.iteration, trainer.state.epoch), generator_states()
 
 
 def assert_unchanged(before, after):
@@ -38,10 +38,10 @@ def assert_unchanged(before, after):
 def run_seeded(trainer, data):
     torch.manual_seed(11)
     trainer.run(data, max_epochs=2)
-    return everything(trainer)
+    return full_state(trainer)
 
 
-MOMENTS = (
+EVENTS = (
     Events.STARTED,
     Events.GET_BATCH_COMPLETED(once=2),
     StepEvents.FORWARD_COMPLETED(once=2),
@@ -52,43 +52,43 @@ MOMENTS = (
 )
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.name)
-def test_a_run_that_is_explained_ends_as_one_that_is_not(moment):
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.name)
+def test_explaining_during_a_run_does_not_change_it(event):
     explained, data = picture_trainer(accumulation_steps=2), DataLoader(picture_data(), 4, shuffle=True)
     texts = []
-    explained.add_event_handler(moment, lambda engine: texts.append(said(engine)))
+    explained.add_event_handler(event, lambda engine: texts.append(speed_report(engine)))
     assert_unchanged(run_seeded(picture_trainer(accumulation_steps=2), data), run_seeded(explained, data))
     assert len(texts) == 1
 
 
 @pytest.mark.parametrize(
-    "moment", [StepEvents.GRADIENTS_READY(once=2), StepEvents.BACKWARD_STARTED(once=2)], ids=lambda moment: moment.name
+    "event", [StepEvents.GRADIENTS_READY(once=2), StepEvents.BACKWARD_STARTED(once=2)], ids=lambda event: event.name
 )
-def test_a_gan_that_is_explained_ends_as_one_that_is_not(moment):
-    data, explained = [torch.randn(3, 2) for _ in range(3)], game(penalty=GradientPenalty())
-    explained.add_event_handler(moment, lambda engine: said(engine))
-    assert_unchanged(run_seeded(game(penalty=GradientPenalty()), data), run_seeded(explained, data))
+def test_explaining_during_a_gan_run_does_not_change_it(event):
+    data, explained = [torch.randn(3, 2) for _ in range(3)], small_gan(penalty=GradientPenalty())
+    explained.add_event_handler(event, lambda engine: speed_report(engine))
+    assert_unchanged(run_seeded(small_gan(penalty=GradientPenalty()), data), run_seeded(explained, data))
 
 
-def test_nothing_is_changed_after_a_run():
+def test_explaining_after_a_run_changes_nothing():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4, shuffle=True))
-    before, x = everything(trainer), trainer.state.x.clone()
-    said(trainer)
-    assert_unchanged(before, everything(trainer))
+    before, x = full_state(trainer), trainer.state.x.clone()
+    speed_report(trainer)
+    assert_unchanged(before, full_state(trainer))
     assert torch.equal(trainer.state.x, x)
 
 
-def test_nothing_is_changed_before_a_run():
+def test_explaining_before_a_run_changes_nothing():
     trainer = picture_trainer()
-    before = everything(trainer)
-    said(trainer)
-    assert_unchanged(before, everything(trainer))
+    before = full_state(trainer)
+    speed_report(trainer)
+    assert_unchanged(before, full_state(trainer))
 
 
-def test_it_can_be_asked_in_inference_mode():
+def test_explain_works_in_inference_mode():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4))
     with torch.inference_mode():
-        text = said(trainer)
-    assert len(re.findall(FIGURE, text)) >= 2
+        text = speed_report(trainer)
+    assert len(re.findall(MEASUREMENT, text)) >= 2

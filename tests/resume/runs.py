@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed: everything that draws, remembers or schedules is in them."""
+"""Runs to stop and resume, with every feature that draws random numbers or has a state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from camshaft import (
 )
 
 
-class Noisy(Dataset):
+class NoisyDataset(Dataset):
     """Samples with an augmentation that draws from every global generator."""
 
     def __init__(self, size: int = 40, *, noise: bool = True) -> None:
@@ -48,7 +48,7 @@ def network() -> nn.Module:
 
 
 def make_run(folder, *, workers=0, amp=None, seeded=True, epochs=5, every=None, **options):
-    """13 batches an epoch over windows of 3: a partial last window, 65 iterations in five epochs."""
+    """Makes a run of 13 batches per epoch in windows of 3, so that the last window is partial: 65 iterations in 5 epochs."""
     seed_everything(3)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -56,7 +56,7 @@ def make_run(folder, *, workers=0, amp=None, seeded=True, epochs=5, every=None, 
     trainer = create_trainer(
         model, optimizer, nn.functional.cross_entropy, amp=amp, accumulation_steps=3, clip_grad_norm=1.0, scheduler=schedule
     )
-    dataset = Noisy(40)
+    dataset = NoisyDataset(40)
     loader = DataLoader(
         SeededDataset(dataset, seed=5) if seeded else dataset,
         batch_size=3,
@@ -69,7 +69,7 @@ def make_run(folder, *, workers=0, amp=None, seeded=True, epochs=5, every=None, 
     ExponentialMovingAverage(0.9).attach(trainer)
     LRHistory().attach(trainer)
     evaluator = create_evaluator(model, metrics={"accuracy": Accuracy()})
-    Evaluation(evaluator, DataLoader(Noisy(12), batch_size=6, shuffle=True)).attach(trainer)
+    Evaluation(evaluator, DataLoader(NoisyDataset(12), batch_size=6, shuffle=True)).attach(trainer)
     EarlyStopping("val/accuracy", patience=50).attach(trainer)
     rotation = {} if every is None else {"every": every}
     CheckpointRotation(folder, metric="val/accuracy", keep_best=1, **rotation, **options).attach(trainer)
@@ -77,7 +77,7 @@ def make_run(folder, *, workers=0, amp=None, seeded=True, epochs=5, every=None, 
 
 
 def make_small(folder, *, data, run=None, rotation=None, **options):
-    """Any data, a network with dropout, Adam."""
+    """Makes a run of any data, with dropout and Adam."""
     seed_everything(4)
     model = network()
     trainer = create_trainer(model, torch.optim.Adam(model.parameters()), nn.functional.cross_entropy, **options)

@@ -1,18 +1,18 @@
-"""Metrics attached to the trainer are whole after a resume in mid-epoch, or said to be partial."""
+"""Metrics attached to the trainer are complete after a resume inside an epoch, or a warning says that they are not."""
 
 from functools import partial
 
 import pytest
 from ignite.engine import Events
 from ignite.metrics import Average, Metric, RunningAverage
-from runs import Noisy, make_small
+from runs import NoisyDataset, make_small
 from torch.utils.data import DataLoader
 
-DATA = partial(DataLoader, Noisy(36), batch_size=4, shuffle=True)
+DATA = partial(DataLoader, NoisyDataset(36), batch_size=4, shuffle=True)
 
 
-class Forgetful(Metric):
-    """Counts iterations, and has no state to save."""
+class StatelessMetric(Metric):
+    """A metric that counts iterations and has no state dict."""
 
     def reset(self):
         self.count = 0
@@ -41,12 +41,12 @@ def resumed(tmp_path, metric):
 
 
 @pytest.mark.parametrize("metric", [Average, lambda: RunningAverage(output_transform=lambda loss: loss)])
-def test_whole(tmp_path, metric):
-    whole, run = make(tmp_path / "whole", metric)
+def test_metrics_of_a_resumed_epoch_are_complete(tmp_path, metric):
+    uninterrupted, run = make(tmp_path / "uninterrupted", metric)
     run()
-    assert resumed(tmp_path / "parts", metric) == whole.state.metrics["m"]
+    assert resumed(tmp_path / "parts", metric) == uninterrupted.state.metrics["m"]
 
 
-def test_partial(tmp_path):
-    with pytest.warns(UserWarning, match="the metrics Forgetful keep no state; in epoch 2 they cover only"):
-        assert resumed(tmp_path, Forgetful) == 6
+def test_a_metric_without_a_state_gives_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="the metrics StatelessMetric keep no state; in epoch 2 they cover only"):
+        assert resumed(tmp_path, StatelessMetric) == 6

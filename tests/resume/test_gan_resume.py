@@ -1,4 +1,4 @@
-"""A GAN that is stopped after any iteration and resumed ends with the same bits as one that is not."""
+"""A GAN that is stopped after any iteration and resumed gives the same result as an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ITERATIONS = 14
 
 
 def make_run(folder, **settings):
-    """7 batches an epoch in a cycle of three critic steps to one of the generator, two epochs; everything draws."""
+    """Makes a run of two epochs of 7 batches, with three critic steps per generator step."""
     seed_everything(1)
     generator = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     critic = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 1))
@@ -48,8 +48,8 @@ def make_run(folder, **settings):
     return trainer, checkpoints, lambda: trainer.run(loader, max_epochs=2)
 
 
-def everything(trainer):
-    """What a checkpoint holds, but for the place in the data, and the last output."""
+def full_state(trainer):
+    """The content of a checkpoint without the position in the data, and the last output."""
     content = trainer.checkpoint()
     return {name: content[name] for name in ("clocks", "phases", "handlers", "losses", "rng")} | {
         "output": trainer.state.output
@@ -69,8 +69,8 @@ def differences(one, other, where=""):
 
 @pytest.mark.parametrize("settings", [{}, {"accumulation_steps": 2}, {"amp": "bf16"}], ids=["plain", "accumulation", "bf16"])
 @pytest.mark.parametrize("stop", range(1, ITERATIONS))
-def test_resumed_after_any_iteration_is_bit_identical(tmp_path, stop, settings):
-    whole, _, run = make_run(tmp_path / "whole", **settings)
+def test_a_gan_resumed_after_any_iteration_is_bit_identical(tmp_path, stop, settings):
+    uninterrupted, _, run = make_run(tmp_path / "uninterrupted", **settings)
     run()
     stopped, _, run = make_run(tmp_path / "stopped", **settings)
     stopped.add_event_handler(Events.ITERATION_COMPLETED(once=stop), stopped.terminate)
@@ -81,10 +81,10 @@ def test_resumed_after_any_iteration_is_bit_identical(tmp_path, stop, settings):
     assert checkpoints.resume("auto") is not None
     run()
     assert resumed.state.iteration == ITERATIONS
-    assert differences(everything(whole), everything(resumed)) == []
+    assert differences(full_state(uninterrupted), full_state(resumed)) == []
 
 
-def test_generator_loss_of_the_output_survives_a_resume_in_the_middle_of_a_cycle(tmp_path):
+def test_the_generator_loss_is_restored_inside_a_cycle(tmp_path):
     outputs = []
     stopped, _, run = make_run(tmp_path)
     stopped.add_event_handler(Events.ITERATION_COMPLETED(once=4), stopped.terminate)
@@ -96,7 +96,7 @@ def test_generator_loss_of_the_output_survives_a_resume_in_the_middle_of_a_cycle
     assert torch.equal(outputs[0]["generator_loss"], stopped.state.output["generator_loss"])
 
 
-def test_number_in_the_file_s_name_is_the_discriminator_s_step(tmp_path):
+def test_file_names_contain_the_step_of_the_discriminator(tmp_path):
     trainer, checkpoints, run = make_run(tmp_path)
     run()
     assert checkpoints.last.name == f"step-{ITERATIONS:08d}.pt"
