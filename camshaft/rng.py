@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 __all__ = [
+    "GENERATORS",
     "RawStates",
-    "generator_state",
+    "encode_generator",
     "preserve_rng_state",
     "raw_rng_state",
     "reseed",
+    "restore_generator",
     "restore_rng",
     "rng_state",
-    "to_numpy_state",
 ]
 
 
@@ -63,10 +64,8 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Restores what :func:`rng_state` returned; states of CUDA devices that do not exist here are ignored."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate(decode_python(state["python"]))
+    np.random.set_state(decode_numpy(state["numpy"]))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():
         for device, cuda in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
@@ -91,27 +90,54 @@ def preserve_rng_state() -> Iterator[None]:
             torch.cuda.set_rng_state(state, device)
 
 
-def generator_state(generator: Any) -> Any:
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+"""The kinds of random generators that a data loader may have of its own."""
+
+
+def encode_generator(generator: Any) -> Any:
+    """The state of one of the :data:`GENERATORS` as a tensor or plain values, for a checkpoint."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
         version, internal, gauss = generator.getstate()
         return [version, list(internal), gauss]
     if isinstance(generator, np.random.RandomState):
-        return to_plain_state(generator.get_state(legacy=False))
-    return to_plain_state(generator.bit_generator.state)
+        return encode_numpy(generator.get_state(legacy=False))
+    return encode_numpy(generator.bit_generator.state)
 
 
-def to_plain_state(state: Any) -> Any:
-    """NumPy's state with its arrays as tensors and its numbers as Python's."""
+def restore_generator(generator: Any, state: Any) -> None:
+    """Restores what :func:`encode_generator` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        generator.setstate(decode_python(state))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(decode_numpy(state))
+    else:
+        generator.bit_generator.state = decode_numpy(state)
+
+
+def decode_python(state: Any) -> tuple[Any, ...]:
+    """The state of Python's generator as ``random.setstate`` takes it, from a tensor or a list of its words."""
+    version, words, gauss = state
+    return version, tuple(words.tolist() if isinstance(words, torch.Tensor) else words), gauss
+
+
+def encode_numpy(state: Any) -> Any:
+    """The state of a NumPy generator with its arrays and numbers as plain values."""
     if isinstance(state, dict):
-        return {key: to_plain_state(value) for key, value in state.items()}
+        return {key: encode_numpy(value) for key, value in state.items()}
     if isinstance(state, np.ndarray):
         return {"values": [int(value) for value in state.tolist()], "dtype": str(state.dtype)}
     return state.item() if isinstance(state, np.generic) else state
 
 
-def to_numpy_state(state: Any) -> Any:
+def decode_numpy(state: Any) -> Any:
+    """The state of a NumPy generator as NumPy takes it: from :func:`encode_numpy`, or from the list of :class:`RawStates`."""
+    if isinstance(state, list):
+        keys, position, has_gauss, cached = state
+        return "MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached
     if isinstance(state, Mapping) and set(state) == {"values", "dtype"}:
         return np.array(state["values"], dtype=state["dtype"])
-    return {key: to_numpy_state(value) for key, value in state.items()} if isinstance(state, Mapping) else state
+    return {key: decode_numpy(value) for key, value in state.items()} if isinstance(state, Mapping) else state

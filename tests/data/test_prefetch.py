@@ -81,7 +81,7 @@ def test_it_has_no_length_if_the_loader_has_none(loader):
 
 @pytest.mark.parametrize("loader", [7, None, Prefetch([1], "cpu")])
 def test_an_object_that_is_not_a_loader_raises(loader):
-    with pytest.raises(TypeError, match="loader must be an iterable of batches that isn't prefetched yet, got a"):
+    with pytest.raises(TypeError, match="loader must be an iterable of batches, and not a Prefetch already, got a"):
         Prefetch(loader, "cpu")
 
 
@@ -92,5 +92,5 @@ def test_an_unknown_device_raises_immediately():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_raises_immediately():
-    with pytest.raises(RuntimeError, match="device is 'cuda:3', and torch finds no CUDA device"):
+    with pytest.raises(RuntimeError, match="device is 'cuda:3', but torch finds no CUDA device"):
         Prefetch([1], "cuda:3")
