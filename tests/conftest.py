@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+collect_ignore_glob = ["*/conftest.py"]  # several conftest.py files cannot be searched for doctests in one run
+
 LIBRARY_THREADS = ("tqdm_monitor",)
 """Name prefixes of threads that libraries keep running for the lifetime of the process."""
 

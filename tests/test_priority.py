@@ -30,8 +30,10 @@ def order_of(trainer, event):
     """The owners of an event's handlers, in the order in which they run."""
     entries = [getattr(entry[0], "handler", entry[0]) for entry in trainer._event_handlers[event]]
     owners = [getattr(function, "__self__", None) for function in entries]
-    shown = [owner for owner, function in zip(owners, entries, strict=True) if owner is not None or is_user_function(function)]
-    names = ["user" if owner is None else owner.name for owner in shown]
+    visible = [
+        owner for owner, function in zip(owners, entries, strict=True) if owner is not None or is_user_function(function)
+    ]
+    names = ["user" if owner is None else owner.name for owner in visible]
     return list(dict.fromkeys(names))
 
 
@@ -101,7 +103,7 @@ def test_user_handlers_run_with_user_functions_in_the_order_of_attachment():
 
     class Named(Handler):
         @on(StepEvents.GRADIENTS_READY)
-        def note(self, engine):
+        def record(self, engine):
             order.append(self.name)
 
     trainer = trainer_of(clip_grad_norm=1.0)

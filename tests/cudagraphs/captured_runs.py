@@ -38,21 +38,21 @@ def train(
 ):
     """Trains a model. Returns everything that could differ: weights, optimizer state, losses, norms and outputs."""
     model = network()
-    made = OPTIMIZERS[optimizer](model.parameters())
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
     if "scheduler" in options:
-        options["scheduler"] = options["scheduler"](made)
-    trainer = create_trainer(model, made, loss_fn, capture=capture, **options)
+        options["scheduler"] = options["scheduler"](optimizer)
+    trainer = create_trainer(model, optimizer, loss_fn, capture=capture, **options)
     seen = []
 
     @trainer.on(Events.ITERATION_COMPLETED)
-    def note(engine):
+    def record(engine):
         state = engine.state
         seen.extend(x for x in (state.loss, state.grad_norm, state.y_pred, *state.losses.values()) if x is not None)
 
     prepare(trainer)
     torch.manual_seed(3)
     trainer.run(data or labelled_batches(), max_epochs=epochs)
-    moments = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return weights(model) + moments + seen
 
 

@@ -60,7 +60,7 @@ def test_weighted_batches(weight, steps):
 @pytest.mark.filterwarnings("ignore:capture=True. the optimizer step .* more than 16 input signatures")
 def test_learning_rate_schedules(optimizer, every):
     """A learning rate on the device needs one graph. A rate that is a number needs one graph per value that is used often."""
-    halving = lambda made: torch.optim.lr_scheduler.ExponentialLR(made, 0.5)  # noqa: E731
+    halving = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # noqa: E731
     graphs = 2 if optimizer != "SGD" else {"step": 1, "epoch": 7}[every]
     assert_same(graphs, optimizer=optimizer, scheduler=halving, schedule_every=every)
 
@@ -92,11 +92,11 @@ def test_a_captured_run_equals_a_loop_written_by_hand():
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
     captured = network()
-    made = AdamW(captured.parameters(), lr=0.001, fused=True, capturable=True)
+    optimizer = AdamW(captured.parameters(), lr=0.001, fused=True, capturable=True)
     torch.manual_seed(3)
-    create_trainer(captured, made, cross_entropy, capture=True, clip_grad_norm=0.5).run(labelled_batches(), max_epochs=6)
+    create_trainer(captured, optimizer, cross_entropy, capture=True, clip_grad_norm=0.5).run(labelled_batches(), max_epochs=6)
     assert same(weights(model), weights(captured))
-    assert made.param_groups[0]["lr"] == 0.001
+    assert optimizer.param_groups[0]["lr"] == 0.001
 
 
 def test_tensors_kept_from_an_iteration_do_not_change():
@@ -120,10 +120,17 @@ def test_a_resumed_captured_run_is_bit_identical(steps, amp):
     def make_run(folder):
         seed_everything(0)
         model = network()
-        made = AdamW(model.parameters(), lr=0.01, fused=True, capturable=True)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(made, 30)
+        optimizer = AdamW(model.parameters(), lr=0.01, fused=True, capturable=True)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
         trainer = create_trainer(
-            model, made, cross_entropy, capture=True, amp=amp, accumulation_steps=steps, clip_grad_norm=0.5, scheduler=cosine
+            model,
+            optimizer,
+            cross_entropy,
+            capture=True,
+            amp=amp,
+            accumulation_steps=steps,
+            clip_grad_norm=0.5,
+            scheduler=cosine,
         )
         CheckpointRotation(folder).attach(trainer)
         return trainer, lambda: trainer.run(labelled_batches(), max_epochs=4)

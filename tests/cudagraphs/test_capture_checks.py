@@ -92,7 +92,7 @@ def test_a_batch_with_an_object_that_cannot_be_compared_raises():
     compute_loss = lambda model, batch: mse_loss(model(batch["x"]), batch["y"])  # noqa: E731
     model = linear()
     trainer = create_trainer(model, sgd(model), None, compute_loss=compute_loss, capture=True)
-    with pytest.raises(TypeError, match="a set in a batch can't be compared with that of the next; make it a tensor"):
+    with pytest.raises(TypeError, match="a set in a batch can't be compared with that of the next; turn it into a tensor"):
         trainer.run([{"x": x, "y": y, "tags": {1}} for x, y in batches()])
 
 

@@ -181,8 +181,8 @@ def test_parameters_can_be_added_during_a_run(moment, steps):
     def train_with(capture):
         model = network()
         model[0].requires_grad_(False)
-        made = SGD([*model[1].parameters(), *model[4].parameters()], lr=LEARNING_RATE, momentum=0.5)
-        trainer = create_trainer(model, made, cross_entropy, capture=capture, accumulation_steps=steps, clip_grad_norm=0.5)
+        optimizer = SGD([*model[1].parameters(), *model[4].parameters()], lr=LEARNING_RATE, momentum=0.5)
+        trainer = create_trainer(model, optimizer, cross_entropy, capture=capture, accumulation_steps=steps, clip_grad_norm=0.5)
         prepare(trainer)
         torch.manual_seed(3)
         trainer.run(labelled_batches(), max_epochs=6)

@@ -65,8 +65,8 @@ def test_the_first_step_of_a_parameter_may_come_late(optimizer):
 
 
 def test_gradients_of_parameters_outside_the_model_raise():
-    model, judge = linear(), nn.Linear(2, 1)
-    compute_loss = lambda m, batch: judge(m(batch[0])).mean()  # noqa: E731
+    model, head = linear(), nn.Linear(2, 1)
+    compute_loss = lambda m, batch: head(m(batch[0])).mean()  # noqa: E731
     trainer = create_trainer(model, sgd(model), None, compute_loss=compute_loss, capture=True)
     with pytest.raises(ValueError, match=r"gradients of a tensor of shape \(1,?.*, which no optimizer of phase"):
         trainer.run(batches(5))
@@ -75,9 +75,9 @@ def test_gradients_of_parameters_outside_the_model_raise():
 @pytest.mark.filterwarnings("ignore:.* want a gradient and are in no optimizer")
 def test_a_submodule_without_an_optimizer_raises():
     model = network()
-    made = SGD(model[4].parameters(), lr=LEARNING_RATE)
+    optimizer = SGD(model[4].parameters(), lr=LEARNING_RATE)
     with pytest.raises(ValueError, match=r"gradients of .*1\.bias.* and 1 more, which no optimizer .* trains. Freeze them"):
-        create_trainer(model, made, cross_entropy, capture=True).run(labelled_batches())
+        create_trainer(model, optimizer, cross_entropy, capture=True).run(labelled_batches())
 
 
 def test_the_state_has_the_tensors_of_the_loader():
@@ -151,8 +151,8 @@ def test_several_clipping_handlers():
 
 def test_an_optimizer_with_named_parameters():
     model = network()
-    made = AdamW(model.named_parameters(), lr=LEARNING_RATE, fused=True, capturable=True)
-    create_trainer(model, made, cross_entropy, capture=True).run(labelled_batches())
+    optimizer = AdamW(model.named_parameters(), lr=LEARNING_RATE, fused=True, capturable=True)
+    create_trainer(model, optimizer, cross_entropy, capture=True).run(labelled_batches())
     assert FakeCapturer.captures == 2
 
 
@@ -210,11 +210,11 @@ def test_the_weight_of_a_failed_batch_is_not_added():
 
 @pytest.mark.parametrize("order", [(6, 4) * 4, (4, 6) * 4, (4,) * 8])
 def test_gradients_outside_the_model_are_detected_for_any_order_of_batches(order):
-    judge = nn.Linear(3, 3)
+    head = nn.Linear(3, 3)
 
     def compute_loss(model, batch):
         x, y = batch
-        return cross_entropy(judge(model(x)) if len(x) == 4 else model(x), y)
+        return cross_entropy(head(model(x)) if len(x) == 4 else model(x), y)
 
     with pytest.raises(ValueError, match="also computes gradients of"):
         train(True, loss_fn=None, compute_loss=compute_loss, data=labelled_batches(order))

@@ -173,9 +173,9 @@ def test_evaluating_the_model_between_epochs_keeps_the_graphs():
 def test_another_run_reuses_the_graphs():
     trainer = trainer_of(capture=True)
     trainer.run(batches(5), max_epochs=2)
-    made = FakeCapturer.captures
+    captures = FakeCapturer.captures
     trainer.run(batches(5), max_epochs=2)
-    assert (made, FakeCapturer.captures) == (2, 2)
+    assert (captures, FakeCapturer.captures) == (2, 2)
     assert FakeCapturer.replays == 2 * (20 - 3)
 
 
@@ -197,8 +197,8 @@ def test_an_earlier_state_can_be_restored_in_the_same_process():
 def test_a_checkpoint_of_a_run_without_graphs_is_resumed_with_graphs(tmp_path):
     def trainer_over(capture):
         model = network()
-        made = AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=capture)
-        return create_trainer(model, made, cross_entropy, capture=capture), made
+        optimizer = AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=capture)
+        return create_trainer(model, optimizer, cross_entropy, capture=capture), optimizer
 
     seed_everything(1)
     first, _ = trainer_over(False)
@@ -206,10 +206,10 @@ def test_a_checkpoint_of_a_run_without_graphs_is_resumed_with_graphs(tmp_path):
     first.run(labelled_batches(), max_epochs=1)
     path = checkpoints.save()
     first.run(labelled_batches(), max_epochs=3)
-    second, made = trainer_over(True)
+    second, optimizer = trainer_over(True)
     CheckpointRotation(tmp_path).attach(second).resume(path)
     second.run(labelled_batches(), max_epochs=3)
-    assert made.param_groups[0]["capturable"] is True
+    assert optimizer.param_groups[0]["capturable"] is True
     assert FakeCapturer.captures == 2
     assert same(weights(first.primary.module), weights(second.primary.module))
 

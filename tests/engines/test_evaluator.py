@@ -62,8 +62,8 @@ def test_training_flags_and_buffers_are_preserved():
 def test_the_model_runs_in_eval_and_inference_mode():
     model, seen = deep_model(), []
     evaluator = create_evaluator(model)
-    look = lambda e: seen.append((any(flags(model)), torch.is_inference_mode_enabled(), e.state.y_pred.is_inference()))  # noqa: E731
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED, look)
+    record = lambda e: seen.append((any(flags(model)), torch.is_inference_mode_enabled(), e.state.y_pred.is_inference()))  # noqa: E731
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, record)
     evaluator.run(batches(2))
     assert seen == [(False, True, True)] * 2
 

@@ -61,8 +61,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_fires_the_same_events_as_ignite(name, engine):
-    stock, ours = run_on_both(RUNS[name], engine)
-    assert ours == stock
+    expected, found = run_on_both(RUNS[name], engine)
+    assert found == expected
 
 
 def at(event, what):
@@ -102,15 +102,15 @@ STOPS = {
 @pytest.mark.parametrize("event", INSIDE, ids=lambda event: event.name)
 @pytest.mark.parametrize("what", STOPS)
 def test_stopping_inside_an_epoch_matches_ignite(what, event, engine):
-    stock, ours = run_on_both(at(event, STOPS[what]), engine)
-    assert ours == stock
+    expected, found = run_on_both(at(event, STOPS[what]), engine)
+    assert found == expected
 
 
 @pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.EPOCH_COMPLETED], ids=lambda event: event.name)
 @pytest.mark.parametrize("what", ["terminate", "terminate without COMPLETED"])
 def test_terminating_at_the_start_or_end_of_an_epoch_matches_ignite(what, event, engine):
-    stock, ours = run_on_both(at(event, STOPS[what]), engine)
-    assert ours == stock
+    expected, found = run_on_both(at(event, STOPS[what]), engine)
+    assert found == expected
 
 
 def test_terminate_on_started_runs_no_iteration(engine):
@@ -118,9 +118,9 @@ def test_terminate_on_started_runs_no_iteration(engine):
         engine.add_event_handler(Events.STARTED, lambda e: e.terminate())
         engine.run(range(3), max_epochs=2)
 
-    stock, ours = run_on_both(script, engine)
-    assert ours == stock
-    assert ours[1][:2] == (0, 0)
+    expected, found = run_on_both(script, engine)
+    assert found == expected
+    assert found[1][:2] == (0, 0)
 
 
 def test_terminate_epoch_on_started_raises(engine):
@@ -144,20 +144,20 @@ def test_an_interrupted_run_continues_at_the_next_batch(event, engine):
         engine.my_stop = engine.state.iteration
         engine.run(range(3), max_epochs=3)
 
-    stock, ours = run_on_both(script, engine)
-    assert ours == stock
-    assert ours[1][1] == 12
+    expected, found = run_on_both(script, engine)
+    assert found == expected
+    assert found[1][1] == 12
 
 
 def test_interrupting_at_the_end_of_the_data_requests_each_batch_once(engine):
     """Ignite's engine fires GET_BATCH_STARTED twice for the batch after the interruption."""
-    asked = []
-    engine.add_event_handler(Events.GET_BATCH_STARTED, lambda e: asked.append(e.state.iteration))
+    requests = []
+    engine.add_event_handler(Events.GET_BATCH_STARTED, lambda e: requests.append(e.state.iteration))
     engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda e: e.interrupt())
     engine.run(range(2), epoch_length=3)
     assert engine.state.iteration == 2
     engine.run()
-    assert asked == [0, 1, 2]
+    assert requests == [0, 1, 2]
 
 
 def test_interrupting_at_every_iteration_processes_every_batch_once(engine):
@@ -167,8 +167,8 @@ def test_interrupting_at_every_iteration_processes_every_batch_once(engine):
         for _ in range(7):
             engine.run(range(3), max_epochs=2)
 
-    stock, ours = run_on_both(script, engine)
-    assert ours == stock
+    expected, found = run_on_both(script, engine)
+    assert found == expected
     assert engine.seen == [0, 1, 2, 0, 1, 2]
 
 
@@ -209,8 +209,8 @@ REPEATED = {
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_a_second_run_matches_ignite(name, engine):
-    stock, ours = run_on_both(REPEATED[name], engine)
-    assert ours == stock
+    expected, found = run_on_both(REPEATED[name], engine)
+    assert found == expected
 
 
 @pytest.mark.parametrize("second", [2, 3], ids=["same max_epochs", "one more"])
@@ -226,16 +226,16 @@ def test_a_run_after_terminate_matches_ignite(stop, second, engine):
             engine.was_terminated = True
             engine.terminate()
 
-    stock, ours = run_on_both(script, engine)
-    assert ours == stock
+    expected, found = run_on_both(script, engine)
+    assert found == expected
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED, *INSIDE[:4], Events.EPOCH_COMPLETED, Events.COMPLETED])
 def test_every_handler_of_an_exception_runs_before_it_is_raised(event, error, engine):
-    heard = []
-    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda e, err: heard.append(("first", err)))
-    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda err: heard.append(("second", err)))
+    errors = []
+    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda e, err: errors.append(("first", err)))
+    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda err: errors.append(("second", err)))
 
     def fail():
         raise error("broken")
@@ -243,7 +243,7 @@ def test_every_handler_of_an_exception_runs_before_it_is_raised(event, error, en
     engine.add_event_handler(event, fail)
     with pytest.raises(error, match="broken") as caught:
         engine.run(range(3))
-    assert heard == [("first", caught.value), ("second", caught.value)]
+    assert errors == [("first", caught.value), ("second", caught.value)]
 
 
 def test_a_note_on_the_exception_names_the_epoch_and_the_iteration(engine):
@@ -257,7 +257,7 @@ def test_a_note_on_the_exception_names_the_epoch_and_the_iteration(engine):
 
 
 def test_a_failing_exception_handler_hides_neither_the_error_nor_other_handlers(engine):
-    heard = []
+    errors = []
 
     def fail_again(error):
         raise OSError("disk full")
@@ -266,11 +266,11 @@ def test_a_failing_exception_handler_hides_neither_the_error_nor_other_handlers(
         raise ValueError("broken")
 
     engine.add_event_handler(Events.EXCEPTION_RAISED, fail_again)
-    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda error: heard.append(error))
+    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda error: errors.append(error))
     engine.add_event_handler(Events.ITERATION_STARTED, fail)
     with pytest.raises(ValueError, match="broken") as caught:
         engine.run(range(3))
-    assert heard == [caught.value]
+    assert errors == [caught.value]
     assert any("disk full" in note for note in caught.value.__notes__)
 
 
@@ -299,18 +299,18 @@ def test_a_run_after_an_exception_matches_one_after_terminate(iteration, engine)
 
         with contextlib.suppress(ValueError):
             engine.run(range(3), max_epochs=2)
-        engine.noted = []
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: e.noted.append((e.state.epoch, e.state.batch)))
+        engine.calls = []
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: e.calls.append((e.state.epoch, e.state.batch)))
         engine.run(range(3), max_epochs=2)
 
     def fail(engine):
         raise ValueError("broken")
 
-    stock = Engine(lambda engine, batch: batch)
-    script(stock, Engine.terminate)
+    ignite_engine = Engine(lambda engine, batch: batch)
+    script(ignite_engine, Engine.terminate)
     script(engine, fail)
-    assert engine.noted == stock.noted
-    assert engine.noted[-3:] == [(2, 0), (2, 1), (2, 2)]
+    assert engine.calls == ignite_engine.calls
+    assert engine.calls[-3:] == [(2, 0), (2, 1), (2, 2)]
 
 
 WRONG = {

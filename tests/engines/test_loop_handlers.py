@@ -30,27 +30,27 @@ from ignite.handlers import BasicTimeProfiler, HandlersTimeProfiler
 @pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.GET_BATCH_STARTED, Events.EPOCH_STARTED])
 def test_filters_match_ignite(event, terms, engine):
     def script(engine):
-        engine.noted = []
-        engine.add_event_handler(event(**terms), lambda e: e.noted.append((e.state.epoch, e.state.iteration)))
+        engine.calls = []
+        engine.add_event_handler(event(**terms), lambda e: e.calls.append((e.state.epoch, e.state.iteration)))
         engine.run(range(4), max_epochs=2)
 
-    stock = Engine(lambda engine, batch: batch)
-    script(stock)
+    ignite_engine = Engine(lambda engine, batch: batch)
+    script(ignite_engine)
     script(engine)
-    assert engine.noted == stock.noted
+    assert engine.calls == ignite_engine.calls
 
 
 def test_each_event_of_a_combination_fires(engine):
     def script(engine):
-        engine.noted = []
+        engine.calls = []
         events = Events.STARTED | Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED | Events.COMPLETED
-        engine.add_event_handler(events, lambda e: e.noted.append(e.state.iteration))
+        engine.add_event_handler(events, lambda e: e.calls.append(e.state.iteration))
         engine.run(range(3), max_epochs=2)
 
-    stock = Engine(lambda engine, batch: batch)
-    script(stock)
+    ignite_engine = Engine(lambda engine, batch: batch)
+    script(ignite_engine)
     script(engine)
-    assert engine.noted == stock.noted == [0, 2, 3, 4, 6, 6, 6]
+    assert engine.calls == ignite_engine.calls == [0, 2, 3, 4, 6, 6, 6]
 
 
 class Counter:
@@ -163,21 +163,21 @@ def test_a_handler_that_removes_itself_runs_once(engine):
 
 
 class Custom(EventEnum):
-    HALF = "half"
-    WHOLE = "whole"
+    TICK = "tick"
+    UNREGISTERED = "unregistered"
 
 
 def test_custom_events_fire_with_their_clock(engine):
     seen = []
-    engine.register_events(*Custom, event_to_attr={Custom.HALF: "halves"})
-    engine.state.halves = 0
+    engine.register_events(*Custom, event_to_attr={Custom.TICK: "ticks"})
+    engine.state.ticks = 0
 
     @engine.on(Events.ITERATION_COMPLETED)
     def fire(engine):
-        engine.state.halves += 1
-        engine.fire_event(Custom.HALF)
+        engine.state.ticks += 1
+        engine.fire_event(Custom.TICK)
 
-    engine.add_event_handler(Custom.HALF(every=2), lambda e: seen.append(e.state.halves))
+    engine.add_event_handler(Custom.TICK(every=2), lambda e: seen.append(e.state.ticks))
     engine.run(range(4))
     assert seen == [2, 4]
 
@@ -195,7 +195,7 @@ def test_an_unknown_event_raises(engine):
     with pytest.raises(ValueError, match="is not a valid event"):
         engine.add_event_handler("nothing", print)
     with pytest.raises(ValueError, match="is not a valid event"):
-        engine.fire_event(Custom.WHOLE)
+        engine.fire_event(Custom.UNREGISTERED)
 
 
 def test_priority_takes_precedence_over_the_order_of_addition(engine):

@@ -92,7 +92,7 @@ def test_a_skipped_step_does_not_count_towards_the_interval():
     trainer = Trainer([phase("lead"), phase("follower")])
 
     @trainer.on(StepEvents.GRADIENTS_READY(phase="lead", once=2))
-    def refuse(engine):
+    def skip(engine):
         if trainer.phases["lead"].skipped_steps == 0:
             engine.skip_step_if(torch.tensor(True))
 
@@ -101,8 +101,8 @@ def test_a_skipped_step_does_not_count_towards_the_interval():
     assert [p.skipped_steps for p in trainer.phases.values()] == [1, 0]
 
 
-@pytest.mark.parametrize("place", ["lead", "follower"])
-def test_frozen_modules_get_no_gradient(place):
+@pytest.mark.parametrize("position", ["lead", "follower"])
+def test_frozen_modules_get_no_gradient(position):
     other = network()
     other.bias.requires_grad_(False)
     own = network()
@@ -110,9 +110,9 @@ def test_frozen_modules_get_no_gradient(place):
     def through(engine, batch):
         return other(own(batch).expand(-1, 2)).mean()
 
-    frozen = phase(place, own, through, frozen=(other,))
-    others = phase("lead", network()) if place == "follower" else phase("follower", network())
-    Trainer([frozen, others] if place == "lead" else [others, frozen]).run(data(2))
+    frozen = phase(position, own, through, frozen=(other,))
+    others = phase("lead", network()) if position == "follower" else phase("follower", network())
+    Trainer([frozen, others] if position == "lead" else [others, frozen]).run(data(2))
     assert other.weight.grad is None
     assert own.weight.grad is not None
     assert [p.requires_grad for p in other.parameters()] == [True, False]
@@ -234,13 +234,13 @@ def test_an_overridden_zero_grad_is_called():
 
 
 def test_a_layer_added_later_gets_no_gradient_in_other_phases():
-    body, judge = network(), nn.Sequential(nn.Linear(1, 1))
-    lead = phase("judge", judge, lambda engine, x: judge(x[:, :1]).mean())
-    trainer = Trainer([lead, phase("body", body, lambda engine, x: judge(body(x)).mean(), frozen=(judge,))])
-    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: judge.append(nn.Linear(1, 1)))
-    trainer.add_event_handler(StepEvents.FORWARD_STARTED(phase="body"), lambda: judge.zero_grad())
+    body, critic = network(), nn.Sequential(nn.Linear(1, 1))
+    lead = phase("critic", critic, lambda engine, x: critic(x[:, :1]).mean())
+    trainer = Trainer([lead, phase("body", body, lambda engine, x: critic(body(x)).mean(), frozen=(critic,))])
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: critic.append(nn.Linear(1, 1)))
+    trainer.add_event_handler(StepEvents.FORWARD_STARTED(phase="body"), lambda: critic.zero_grad())
     grads = []
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(phase="body"), lambda: grads.append(judge[-1].weight.grad))
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(phase="body"), lambda: grads.append(critic[-1].weight.grad))
     trainer.run([torch.ones(3, 2)] * 2, max_epochs=2)
     assert grads == [None] * 4
 
@@ -298,16 +298,16 @@ def test_accumulation_can_be_set_for_the_first_phase_alone():
 
 
 def test_frozen_modules_require_gradients_again_after_the_phase():
-    critic, maker = linear(), linear()
+    critic, generator = linear(), linear()
     seen = []
 
-    def judged(engine, batch):
+    def generator_loss(engine, batch):
         seen.append(critic.weight.requires_grad)
-        return critic(maker(batch[0]).repeat(1, 2)[:, :3]).mean()
+        return critic(generator(batch[0]).repeat(1, 2)[:, :3]).mean()
 
     phases = [
         Phase("critic", critic, sgd(critic), lambda engine, batch: mse_loss(critic(batch[0]), batch[1])),
-        Phase("maker", maker, sgd(maker), judged, frozen=[critic]),
+        Phase("generator", generator, sgd(generator), generator_loss, frozen=[critic]),
     ]
     Trainer(phases).run(batches(2))
     assert seen == [False, False]

@@ -233,7 +233,7 @@ def test_the_autograd_graph_is_freed_after_each_iteration(kind):
         nodes.append(weakref.ref(mark))
 
     @trainer.on(Events.ITERATION_COMPLETED)
-    def look():
+    def record():
         gc.collect()
         alive.append([node() is not None for node in nodes])
 

@@ -86,8 +86,8 @@ def test_the_first_stop_reason_is_kept_until_the_next_run():
 
 def test_a_skipped_step_has_no_effect():
     trainer = trainer_of()
-    refuse = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
-    trainer.add_event_handler(refuse, lambda e: e.skip_step_if(torch.tensor(True)))
+    skip = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
+    trainer.add_event_handler(skip, lambda e: e.skip_step_if(torch.tensor(True)))
     trainer.run(batches(3))
     data = batches(3)
     assert same(weights(model_of(trainer)), weights(train_and_record_losses([data[0], data[2]])[1]))
@@ -117,7 +117,7 @@ def test_the_autograd_graph_is_freed_after_each_iteration():
     trainer, alive = trainer_of(), []
 
     @trainer.on(Events.ITERATION_COMPLETED)
-    def look(engine):
+    def record(engine):
         state = engine.state
         alive.append([t.grad_fn for t in (state.loss, state.y_pred, state.output) if t.grad_fn is not None])
 

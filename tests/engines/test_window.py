@@ -26,14 +26,14 @@ def window_of(steps, loss_weight="batch", partial="step", left=INFINITE):
     return window
 
 
-def gather(window, losses, data):
+def scale_losses(window, losses, data):
     """Adds batches to a window as the step does. Returns the scaled losses."""
-    shares = []
+    scaled = []
     for loss, batch in zip(losses, data, strict=True):
         weight = window.batch_weight(batch)
-        shares.append(float(window.scale_loss(torch.tensor(loss, dtype=torch.float64), weight)))
+        scaled.append(float(window.scale_loss(torch.tensor(loss, dtype=torch.float64), weight)))
         window.count(weight)
-    return shares
+    return scaled
 
 
 def batch_of(size):
@@ -59,47 +59,47 @@ def test_the_length_of_a_new_window(steps, partial, left, length):
 
 def test_each_loss_of_a_full_window_is_scaled_to_the_mean():
     window = window_of(4)
-    assert gather(window, [4.0, 8.0, 2.0, 6.0], [None] * 4) == [1.0, 2.0, 0.5, 1.5]
+    assert scale_losses(window, [4.0, 8.0, 2.0, 6.0], [None] * 4) == [1.0, 2.0, 0.5, 1.5]
     assert window.divisor() is None
 
 
 def test_each_loss_of_a_shorter_window_is_scaled_to_its_mean():
     window = window_of(4, left=2)
-    assert gather(window, [4.0, 8.0], [None] * 2) == [2.0, 4.0]
+    assert scale_losses(window, [4.0, 8.0], [None] * 2) == [2.0, 4.0]
     assert window.divisor() is None
 
 
 def test_gradients_of_a_window_that_ends_early_are_divided_by_its_missing_part():
     window = window_of(4)
-    shares = gather(window, [4.0, 8.0, 2.0], [None] * 3)
+    scaled = scale_losses(window, [4.0, 8.0, 2.0], [None] * 3)
     assert window.divisor() == 0.75
-    assert sum(shares) / window.divisor() == pytest.approx((4 + 8 + 2) / 3, abs=1e-15)
+    assert sum(scaled) / window.divisor() == pytest.approx((4 + 8 + 2) / 3, abs=1e-15)
 
 
 def test_losses_are_weighted_by_the_number_of_samples():
     window = window_of(3, "samples")
-    shares = gather(window, [4.0, 8.0, 2.0], [batch_of(1), batch_of(5), batch_of(2)])
-    assert shares == [4.0, 40.0, 4.0]
+    scaled = scale_losses(window, [4.0, 8.0, 2.0], [batch_of(1), batch_of(5), batch_of(2)])
+    assert scaled == [4.0, 40.0, 4.0]
     assert (window.weight, window.divisor()) == (8, 8)
 
 
 def test_losses_are_weighted_by_a_custom_function():
     window = window_of(2, lambda batch: batch["tokens"])
-    assert gather(window, [4.0, 8.0], [{"tokens": 3}, {"tokens": 0.5}]) == [12.0, 4.0]
+    assert scale_losses(window, [4.0, 8.0], [{"tokens": 3}, {"tokens": 0.5}]) == [12.0, 4.0]
     assert window.divisor() == 3.5
 
 
 @pytest.mark.parametrize("left", [INFINITE, 2])
 def test_a_weighted_window_that_ends_early_needs_no_correction(left):
     window = window_of(4, "samples", left=left)
-    gather(window, [4.0, 8.0], [batch_of(1), batch_of(5)])
+    scale_losses(window, [4.0, 8.0], [batch_of(1), batch_of(5)])
     assert window.divisor() == 6
 
 
 def test_the_gradient_of_a_single_weighted_batch_is_unchanged():
     window = window_of(1, "samples")
-    (share,) = gather(window, [3.0], [batch_of(7)])
-    assert share / window.divisor() == 3.0
+    (scaled,) = scale_losses(window, [3.0], [batch_of(7)])
+    assert scaled / window.divisor() == 3.0
 
 
 def test_the_loss_of_a_window_of_one_batch_is_not_scaled():
@@ -138,9 +138,9 @@ def test_a_batch_without_samples_raises(batch):
 
 @pytest.mark.parametrize("weight", [3, 2.5, 0, torch.tensor(4), torch.tensor([4.0])])
 def test_a_weight_is_converted_to_a_number_on_the_host(weight):
-    weighed = window_of(2, lambda batch: weight).batch_weight(None)
-    assert weighed == float(weight)
-    assert isinstance(weighed, (int, float))
+    result = window_of(2, lambda batch: weight).batch_weight(None)
+    assert result == float(weight)
+    assert isinstance(result, (int, float))
 
 
 @pytest.mark.parametrize("weight", [-1, INFINITE, float("nan"), None, "3", torch.ones(2), torch.tensor(-1.0)])
@@ -154,17 +154,17 @@ def test_an_invalid_weight_raises(weight):
 
 def test_a_window_of_weight_zero_raises():
     window = window_of(2, lambda batch: 0)
-    gather(window, [4.0, 8.0], [None, None])
+    scale_losses(window, [4.0, 8.0], [None, None])
     with pytest.raises(ValueError, match="weighs 0"):
         window.divisor()
 
 
 def test_an_open_window_keeps_its_settings():
     window = window_of(4)
-    gather(window, [4.0], [None])
+    scale_losses(window, [4.0], [None])
     window.configure(2, "samples")
     assert (window.length, window.steps, window.settings[0]) == (4, 4, 2)
-    assert gather(window, [8.0], [batch_of(3)]) == [2.0]
+    assert scale_losses(window, [8.0], [batch_of(3)]) == [2.0]
     window.reset()
     window.open(INFINITE)
     assert (window.length, window.loss_weight) == (2, "samples")
@@ -172,31 +172,31 @@ def test_an_open_window_keeps_its_settings():
 
 def test_weights_are_cleared_after_each_window():
     window = window_of(2, "samples")
-    gather(window, [4.0, 8.0], [batch_of(1), batch_of(5)])
+    scale_losses(window, [4.0, 8.0], [batch_of(1), batch_of(5)])
     window.reset()
     assert (window.batches, window.weight) == (0, 0.0)
 
 
 def test_the_state_of_an_open_window_is_restored():
     before, after = window_of(4, "samples"), window_of(4, "samples")
-    gather(before, [4.0, 8.0], [batch_of(1), batch_of(5)])
+    scale_losses(before, [4.0, 8.0], [batch_of(1), batch_of(5)])
     after.load_state_dict(before.state_dict())
     for window in (before, after):
-        gather(window, [2.0, 1.0], [batch_of(2), batch_of(3)])
+        scale_losses(window, [2.0, 1.0], [batch_of(2), batch_of(3)])
     assert (after.batches, after.divisor()) == (before.batches, before.divisor()) == (4, 11)
 
 
 def steps_of(trainer, data, **limits):
     """The iterations in which the optimizer stepped."""
     made = []
-    note = lambda: made.append(trainer.state.iteration)  # noqa: E731
-    with trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, note):
+    record = lambda: made.append(trainer.state.iteration)  # noqa: E731
+    with trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, record):
         trainer.run(data, **limits)
     return made
 
 
 @pytest.mark.parametrize(
-    ("steps", "partial", "made"),
+    ("steps", "partial", "expected"),
     [
         (1, "step", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
         (2, "step", [2, 4, 5, 7, 9, 10]),
@@ -207,13 +207,13 @@ def steps_of(trainer, data, **limits):
     ],
 )
 @pytest.mark.parametrize("known", [True, False])
-def test_windows_never_cross_the_end_of_an_epoch(steps, partial, made, known):
+def test_windows_never_cross_the_end_of_an_epoch(steps, partial, expected, known):
     class Stream:
         def __iter__(self):
             return iter(batches(5))
 
     trainer = trainer_of(accumulation_steps=steps, partial_window=partial)
-    assert steps_of(trainer, batches(5) if known else Stream(), max_epochs=2) == made
+    assert steps_of(trainer, batches(5) if known else Stream(), max_epochs=2) == expected
 
 
 def test_a_partial_window_of_a_stream_closes_before_epoch_completed():

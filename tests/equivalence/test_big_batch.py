@@ -76,8 +76,8 @@ def optimizer_of(name, model):
 def windows_of(batches, steps, partial_window):
     """The windows of one epoch, each as a single large batch."""
     parts = [batches[start : start + steps] for start in range(0, len(batches), steps)]
-    whole = [part for part in parts if partial_window == "step" or len(part) == steps]
-    return [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in whole]
+    windows = [part for part in parts if partial_window == "step" or len(part) == steps]
+    return [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in windows]
 
 
 def train_on(large_batches, loss_fn, optimizer="sgd"):
@@ -169,22 +169,22 @@ def test_a_custom_epoch_length_ends_the_window(loss_weight):
 
 
 @pytest.mark.parametrize(
-    "weigh",
+    "weight_fn",
     [lambda batch: (batch[1] != IGNORED).sum(), lambda batch: count_tokens(batch) / 7.0],
     ids=["tensor", "fraction"],
 )
-def test_weights_may_be_tensors_and_are_normalized(weigh):
+def test_weights_may_be_tensors_and_are_normalized(weight_fn):
     batches, model = token_batches(SIZES), network()
     optimizer = optimizer_of("sgd", model)
-    create_trainer(model, optimizer, mean_over_tokens, accumulation_steps=3, loss_weight=weigh).run(batches)
+    create_trainer(model, optimizer, mean_over_tokens, accumulation_steps=3, loss_weight=weight_fn).run(batches)
     assert_same(model, train_on(windows_of(batches, 3, "step"), mean_over_tokens))
 
 
 def test_a_batch_of_weight_zero_has_no_effect():
     batches, model = token_batches((2, 5, 3)), network()
     optimizer = optimizer_of("sgd", model)
-    weigh = lambda batch: len(batch[0]) % 5  # noqa: E731
-    create_trainer(model, optimizer, mean_over_samples, accumulation_steps=3, loss_weight=weigh).run(batches)
+    weight_fn = lambda batch: len(batch[0]) % 5  # noqa: E731
+    create_trainer(model, optimizer, mean_over_samples, accumulation_steps=3, loss_weight=weight_fn).run(batches)
     assert_same(model, train_on(windows_of([batches[0], batches[2]], 2, "step"), mean_over_samples))
 
 

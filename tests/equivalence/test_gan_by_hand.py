@@ -81,8 +81,8 @@ def wgan_gp_by_hand(k: int, window: int = 1, max_norm: float | None = None) -> t
 
 
 def assert_same_bits(networks: list[nn.Module], trainer: Trainer) -> None:
-    ours = [trainer.phases["generator"].module, trainer.phases["discriminator"].module]
-    for by_hand, own in zip(networks, ours, strict=True):
+    trained = [trainer.phases["generator"].module, trainer.phases["discriminator"].module]
+    for by_hand, own in zip(networks, trained, strict=True):
         for (name, expected), found in zip(by_hand.state_dict().items(), own.state_dict().values(), strict=True):
             assert torch.equal(expected, found), name
 

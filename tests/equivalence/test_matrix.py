@@ -73,9 +73,9 @@ class Case:
 
 def sample_cases(count, seed):
     """Draws cases one by one, each time the candidate with the most new pairs of options."""
-    dice, cases, seen = random.Random(seed), [], set()
+    rng, cases, seen = random.Random(seed), [], set()
     while len(cases) < count:
-        drawn = [Case(*(dice.choice(options) for options in CHOICES.values())) for _ in range(8)]
+        drawn = [Case(*(rng.choice(options) for options in CHOICES.values())) for _ in range(8)]
         candidates = [case for case in drawn if case.is_possible and case not in cases]
         if candidates:
             cases.append(max(candidates, key=lambda case: len(pairs(case) - seen)))
@@ -173,8 +173,8 @@ def train_by_hand(case):
     seen = {"losses": [], "rates": [], "skipped": 0}
     for _epoch in range(EPOCHS):
         for index, (x, y) in enumerate(loader):
-            place = index % case.accumulation
-            if place == 0:  # a new window
+            position = index % case.accumulation
+            if position == 0:  # a new window
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 left, weights = case.batches - index, 0
@@ -183,13 +183,13 @@ def train_by_hand(case):
             with torch.autocast("cpu", dtype=half, enabled=case.amp is not None):
                 loss = loss_of(model(x), y)
             if case.loss_weight == "batch":
-                share = loss / length
+                scaled_loss = loss / length
             else:
                 weight = len(x) if case.loss_weight == "samples" else count_labels((x, y))
-                share, weights = loss * weight, weights + weight
-            scaler.scale(share).backward()
+                scaled_loss, weights = loss * weight, weights + weight
+            scaler.scale(scaled_loss).backward()
             seen["losses"].append(loss.detach())
-            if place + 1 < length:
+            if position + 1 < length:
                 continue
 
             for optimizer in optimizers:

@@ -87,8 +87,8 @@ def test_the_trainer_equals_the_documented_loop(kind, accumulation):
         StepEvents.BACKWARD_COMPLETED(lambda _, iteration: iteration in OVERFLOWS), lambda: overflow_gradient(model)
     )
     state = trainer.run(batches())
-    mine = model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), trainer.primary.precision.scaler.state_dict()
-    torch.testing.assert_close(mine, train_as_documented(kind, batches(), accumulation), rtol=0.0, atol=0.0)
+    found = model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), trainer.primary.precision.scaler.state_dict()
+    torch.testing.assert_close(found, train_as_documented(kind, batches(), accumulation), rtol=0.0, atol=0.0)
     skipped = len({(iteration - 1) // accumulation for iteration in OVERFLOWS})
     assert (state.skipped_steps, state.optimizer_step) == (skipped, 10 // accumulation - skipped)
 
@@ -124,8 +124,8 @@ def test_a_skipped_step_changes_no_weights_state_or_schedule(kind):
     trainer.run(batches(2), max_epochs=3)
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (2, 4)
     assert [step for step, _ in history.history["lr"]] == [1, 2]
-    mine, its = (model.state_dict(), optimizer.state_dict()), (short.state_dict(), short_optimizer.state_dict())
-    torch.testing.assert_close(mine, its, rtol=0.0, atol=0.0)
+    found, reference = (model.state_dict(), optimizer.state_dict()), (short.state_dict(), short_optimizer.state_dict())
+    torch.testing.assert_close(found, reference, rtol=0.0, atol=0.0)
 
 
 def test_optimizer_step_skipped_is_counted_by_skipped_steps():
@@ -155,8 +155,8 @@ def test_an_overflow_in_one_optimizer_skips_all(kinds, bad):
     trained = [OPTIMIZERS[kind](part.parameters()) for kind, part in zip(kinds, (model[0], model[2]), strict=True)]
     by_hand = [OPTIMIZERS[kind](part.parameters()) for kind, part in zip(kinds, (expected[0], expected[2]), strict=True)]
     trainer = fp16_trainer(model, trained)
-    spoiled = [1, 4, 5]
-    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=spoiled), lambda: overflow_gradient(model[bad]))
+    overflows = [1, 4, 5]
+    trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED(once=overflows), lambda: overflow_gradient(model[bad]))
     trainer.run(batches())
     scaler = torch.amp.GradScaler("cpu")
     for iteration, (x, y) in enumerate(batches(), start=1):
@@ -164,18 +164,18 @@ def test_an_overflow_in_one_optimizer_skips_all(kinds, bad):
         with torch.autocast("cpu", dtype=torch.float16):
             loss = mse_loss(expected(x), y)
         scaler.scale(loss).backward()
-        if iteration in spoiled:
+        if iteration in overflows:
             overflow_gradient(expected[bad])
         for optimizer in by_hand:
             scaler.unscale_(optimizer)
-        if iteration not in spoiled:
+        if iteration not in overflows:
             for optimizer in by_hand:
                 scaler.step(optimizer)
         scaler.update()
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (7, 3)
-    mine = model.state_dict(), [o.state_dict() for o in trained], trainer.primary.precision.scaler.state_dict()
-    hand = expected.state_dict(), [o.state_dict() for o in by_hand], scaler.state_dict()
-    torch.testing.assert_close(mine, hand, rtol=0.0, atol=0.0)
+    found = model.state_dict(), [o.state_dict() for o in trained], trainer.primary.precision.scaler.state_dict()
+    reference = expected.state_dict(), [o.state_dict() for o in by_hand], scaler.state_dict()
+    torch.testing.assert_close(found, reference, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -247,4 +247,4 @@ def test_a_run_that_skips_every_step_does_not_raise():
     trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, lambda: overflow_gradient(model))
     trainer.run(batches(3))
     assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (0, 3)
-    assert all(torch.equal(mine, old) for mine, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(found, old) for found, old in zip(model.parameters(), before, strict=True))

@@ -52,15 +52,15 @@ def test_the_other_network_gets_no_gradient():
     networks = {name: phase.module for name, phase in trainer.phases.items()}
 
     @trainer.on(StepEvents.FORWARD_STARTED)
-    def forget(engine):
+    def clear_gradients(engine):
         for network in networks.values():
             network.zero_grad()
 
     @trainer.on(StepEvents.GRADIENTS_READY)
-    def look(engine):
+    def check(engine):
         for name, network in networks.items():
-            made = [p.grad is not None for p in network.parameters()]
-            assert all(made) if name == engine.state.phase else not any(made)
+            has_gradient = [p.grad is not None for p in network.parameters()]
+            assert all(has_gradient) if name == engine.state.phase else not any(has_gradient)
 
     trainer.run(data(3))
 
@@ -112,7 +112,7 @@ def test_the_state_has_the_real_and_the_generated_batch_at_each_event():
     seen = {}
 
     @trainer.on(StepEvents.BACKWARD_COMPLETED)
-    def look(engine):
+    def check(engine):
         seen[engine.state.phase] = engine.state.x, engine.state.y_pred
 
     trainer.run(batches)
@@ -128,7 +128,7 @@ def test_a_handler_may_change_the_loss_of_one_network():
     before = module(trainer, "generator").weight.clone()
 
     @trainer.on(StepEvents.FORWARD_COMPLETED(phase="generator"))
-    def silence(engine):
+    def zero_loss(engine):
         engine.state.loss = engine.state.loss * 0
 
     trainer.run(data(4))

@@ -207,12 +207,12 @@ def test_channels_last_is_kept():
 # -- graphs -----------------------------------------------------------------------------------------------------------
 
 
-def train_and_record(capture, batches, *, made=torch.optim.AdamW, amp=None, epochs=3, **options):
+def train_and_record(capture, batches, *, optimizer_class=torch.optim.AdamW, amp=None, epochs=3, **options):
     """Trains with a learning rate that is exact in every floating-point type. Returns all results and the trainer."""
     model, seen = network(), []
-    kernels = {"fused": True} if made is torch.optim.SGD else {"capturable": True}
-    optimizer = made(model.parameters(), lr=2.0**-7, **kernels)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if made is not torch.optim.RMSprop else None
+    kernels = {"fused": True} if optimizer_class is torch.optim.SGD else {"capturable": True}
+    optimizer = optimizer_class(model.parameters(), lr=2.0**-7, **kernels)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if optimizer_class is not torch.optim.RMSprop else None
     trainer = create_trainer(
         model, optimizer, nn.functional.cross_entropy, amp=amp, capture=capture, clip_grad_norm=1.0, scheduler=scheduler,
         schedule_every="epoch", **options,
@@ -234,9 +234,9 @@ def test_a_captured_step_is_bit_identical(amp, window):
     assert trainer.primary.execution._guards, "nothing was captured"
 
 
-@pytest.mark.parametrize("made", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
-def test_a_captured_step_of_other_optimizers_is_bit_identical(made):
-    (expected, _), (found, _) = (train_and_record(c, on_device(), made=made) for c in (False, True))
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_a_captured_step_of_other_optimizers_is_bit_identical(optimizer_class):
+    (expected, _), (found, _) = (train_and_record(c, on_device(), optimizer_class=optimizer_class) for c in (False, True))
     assert differing(expected, found) == set()
 
 
@@ -265,8 +265,8 @@ def test_device_memory_does_not_grow_with_graphs():
     trainer = create_trainer(
         model, torch.optim.AdamW(model.parameters(), capturable=True), nn.functional.cross_entropy, capture=True
     )
-    note = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), note)
+    record = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), record)
     trainer.run(itertools.chain.from_iterable(itertools.repeat(on_device())), max_iters=5_000)
     assert len(set(allocated)) == 1, allocated
 
@@ -299,8 +299,8 @@ def test_an_evaluator_preserves_the_random_state_of_the_device():
 
 def test_device_memory_does_not_grow(tmp_path):
     trainer, allocated = full_trainer(tmp_path), []
-    note = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), note)
+    record = lambda: allocated.append(torch.cuda.memory_allocated())  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), record)
     batches = on_device()
     trainer.run(itertools.chain.from_iterable(itertools.repeat(batches)), max_iters=10_000)
     assert len(set(allocated[1:])) == 1, allocated
@@ -310,7 +310,7 @@ def test_no_autograd_graph_is_kept_between_iterations(tmp_path):
     trainer, peaks = full_trainer(tmp_path), []
 
     @trainer.on(StepEvents.FORWARD_STARTED)
-    def look(engine):
+    def record(engine):
         peaks.append(torch.cuda.memory_allocated())
 
     trainer.run(on_device())

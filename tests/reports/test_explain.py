@@ -37,7 +37,7 @@ def full_trainer():
     )
 
     @trainer.on(StepEvents.GRADIENTS_CLIPPED(every=100))
-    def look(engine):
+    def log_norm(engine):
         pass
 
     return trainer
@@ -58,7 +58,7 @@ def test_explain_returns_the_cycle_as_text():
             "      GRADIENTS_READY",
             "          GradientClipping(max_norm=1.5).clip  [changes gradients]",
             "      GRADIENTS_CLIPPED",
-            "          look  (every=100)",
+            "          log_norm  (every=100)",
             "      OPTIMIZER_STEP_STARTED",
             "      OPTIMIZER_STEP_COMPLETED",
             "          LRScheduling(StepLR).step_in_phase",
@@ -71,7 +71,7 @@ def test_explain_returns_the_cycle_as_text():
 
 
 @pytest.mark.parametrize(
-    ("event", "shown"),
+    ("event", "expected"),
     [
         (StepEvents.GRADIENTS_READY(every=10), "(every=10)"),
         (StepEvents.GRADIENTS_READY(once=3), "(once=[3])"),
@@ -83,15 +83,15 @@ def test_explain_returns_the_cycle_as_text():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_explain_shows_filters(event, shown):
+def test_explain_shows_filters(event, expected):
     trainer = trainer_of()
 
-    def mine(engine):
+    def my_handler(engine):
         pass
 
-    trainer.add_event_handler(event, mine)
-    line = next(line for line in trainer.explain().splitlines() if "mine" in line)
-    assert sorted(line.strip().removeprefix("mine  (")[:-1].split(", ")) == sorted(shown[1:-1].split(", "))
+    trainer.add_event_handler(event, my_handler)
+    line = next(line for line in trainer.explain().splitlines() if "my_handler" in line)
+    assert sorted(line.strip().removeprefix("my_handler  (")[:-1].split(", ")) == sorted(expected[1:-1].split(", "))
 
 
 def test_explain_names_a_filter_that_is_a_function():
@@ -116,8 +116,8 @@ def test_explain_describes_internal_filters_in_words(tmp_path):
     camshaft.EarlyStopping("score").attach(trainer)
     TensorBoard(tmp_path / "board").attach(trainer)
     lines = [line.strip() for line in trainer.explain().splitlines()]
-    shown = ["CheckpointRotation.save_if_requested  (when due)", "EarlyStopping.judge  (when new)"]
-    assert {*shown, "TensorBoard.write_metrics  (when metrics are new)"} <= set(lines)
+    expected = ["CheckpointRotation.save_if_requested  (when due)", "EarlyStopping.judge  (when new)"]
+    assert {*expected, "TensorBoard.write_metrics  (when metrics are new)"} <= set(lines)
     assert not any("_is_" in line or "MetricWatch" in line for line in lines)
     assert {"CheckpointRotation.check_at_end", "EarlyStopping.check_at_end"} <= set(lines)
 

@@ -1,4 +1,4 @@
-"""The pages of docs/from-your-loop as the tests read them: entries, half copied code and half the code that replaces it."""
+"""Reads and runs the pages of docs/from-your-loop. Each entry has a half of copied code and a half that replaces it."""
 
 import contextlib
 import io
@@ -9,17 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import sklearn.datasets  # noqa: F401  # when it is first imported it sets variables of the environment
+import sklearn.datasets  # noqa: F401  # the first import sets environment variables
 
 FOLDER = Path(__file__).parents[2] / "docs/from-your-loop"
 COPIED, INSTEAD = (re.compile(rf"^\*\*{word}\*\*", re.MULTILINE) for word in ("Copied", "Instead"))
-"""The words with which the halves of an entry begin; code before them belongs to both."""
+"""The words that start the halves of an entry. Code before them belongs to both halves."""
 
 PART = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """Code of a page, and what the page says that it prints."""
+    """A block of code of a page, and the output that the page shows for it."""
 
     language: str
     line: int
@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
 
 class Half(NamedTuple):
-    """The code that comes before half an entry, and its own."""
+    """One half of an entry: the code before it and its own code."""
 
     page: str
     setup: tuple[Block, ...]
@@ -46,9 +46,9 @@ class Entry(NamedTuple):
 
 
 def blocks_of(text, line):
-    """The code in a part of a page that begins at ``line``, each block with the output that follows it.
+    """The code in a part of a page that starts at ``line``. Each block has the output that follows it.
 
-    A page runs its ``python`` blocks; a ``py`` block needs another library, and only a test that has it runs it.
+    The ``python`` blocks run without other libraries. A ``py`` block needs another library, and runs only if it is installed.
     """
     found = []
     for part in PART.finditer(text):
@@ -60,7 +60,7 @@ def blocks_of(text, line):
 
 
 def entries_of(path):
-    """The entries of a page: what is under each of its headings of the second level."""
+    """The entries of a page, one for each heading of the second level."""
     text = path.read_text()
     starts = [match.start() for match in re.finditer(r"^## ", text, re.MULTILINE)]
     setup = blocks_of(text[: starts[0]], 0) if starts else ()
@@ -87,14 +87,14 @@ def entries():
 
 
 def run(half, languages=("python",)):
-    """Runs half an entry as the page would, in a folder of its own: what comes before it, then its blocks.
+    """Runs one half of an entry in a temporary folder: first the code before it, then its own blocks.
 
     Returns:
-        The names that it leaves behind, and what each of its blocks has printed, by block.
+        The names that the code defines, and the output of each of its blocks.
     """
     names = {"__name__": "__main__"}
     printed = {}
-    with tempfile.TemporaryDirectory() as folder, inside(folder):
+    with tempfile.TemporaryDirectory() as folder, working_directory(folder):
         for block in half.setup + half.blocks:
             if block.language in languages:
                 printed[block] = output_of(block, half.page, names)
@@ -102,17 +102,17 @@ def run(half, languages=("python",)):
 
 
 def output_of(block, page, names):
-    """Runs a block and returns what it has printed."""
+    """Runs a block and returns its output."""
     out = io.StringIO()
-    code = "\n" * block.line + block.code  # so that an error names the line of the page
+    code = "\n" * block.line + block.code  # so that tracebacks show the line of the page
     with contextlib.redirect_stdout(out):
         exec(compile(code, FOLDER / page, "exec"), names)
     return out.getvalue()
 
 
 @contextlib.contextmanager
-def inside(folder):
-    """Works in a folder."""
+def working_directory(folder):
+    """Changes the working directory working_directory the block."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -123,32 +123,32 @@ def inside(folder):
 
 @cache
 def result(title, which, languages=("python",)):
-    """What :func:`run` gives for one half of the entry with this title, run once in a process."""
+    """The result of :func:`run` for one half of the entry with this title. Each half runs once per process."""
     return run(getattr(entries()[title], which), languages)
 
 
 class Names:
-    """The names that a piece of code has left behind, as attributes."""
+    """The names that a piece of code defines, as attributes."""
 
     def __init__(self, names):
         self.__dict__.update(names)
 
 
 def copied(title):
-    """What the copied half of the entry with this title leaves behind."""
+    """The names that the copied half of an entry defines."""
     return Names(result(title, "copied")[0])
 
 
-def copied_from_a_peer(title):
-    """The same for code that needs another library, which must be there."""
+def copied_with_another_library(title):
+    """The names that the copied half of an entry defines, if it needs another library. The library must be installed."""
     return Names(result(title, "copied", ("python", "py"))[0])
 
 
 def instead(title):
-    """What the half that replaces it leaves behind."""
+    """The names that the replacement in an entry defines."""
     return Names(result(title, "instead")[0])
 
 
 def printed(title, which):
-    """What one half of the entry with this title prints."""
+    """The output of one half of an entry."""
     return "".join(result(title, which)[1].values())

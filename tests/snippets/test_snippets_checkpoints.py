@@ -1,4 +1,4 @@
-"""docs/from-your-loop/checkpoints.md: what the copied code loses, and what a checkpoint keeps."""
+"""docs/from-your-loop/checkpoints.md: the copied code and its replacements."""
 
 import pytest
 import torch
@@ -16,56 +16,56 @@ def same(left, right):
     return all(map(torch.equal, left.state_dict().values(), right.state_dict().values()))
 
 
-def test_saving_where_the_folder_is_made_saves_once():
+def test_saving_only_when_the_folder_is_created_saves_once():
     copied(FOLDER)
     assert printed(FOLDER, "copied") == "['epoch_1.pt']\n"
 
 
-def test_the_rotation_saves_every_epoch():
+def test_checkpoint_rotation_saves_every_epoch():
     page = instead(FOLDER)
     assert [entry.epoch for entry in page.checkpoints.index.entries] == [1, 2, 3]
 
 
-def test_beginning_with_the_saved_epoch_trains_it_twice():
+def test_starting_with_the_saved_epoch_trains_it_twice():
     assert copied(START_EPOCH).trained == [1, 2, 2, 3, 4]
 
 
-def test_resume_goes_on_with_the_next_epoch():
+def test_resume_continues_with_the_next_epoch():
     assert instead(START_EPOCH).trained == [1, 2, 3, 4]
 
 
-def test_model_and_optimizer_alone_give_other_weights_and_an_earlier_schedule():
+def test_restoring_only_model_and_optimizer_gives_other_weights_and_an_earlier_schedule():
     page = copied(RESUME)
     assert not same(page.whole, page.resumed)
     assert page.scheduler.last_epoch == 2
 
 
-def test_resume_gives_the_weights_of_the_run_that_was_never_stopped():
+def test_resume_gives_the_weights_of_an_uninterrupted_run():
     page = instead(RESUME)
     assert same(page.whole, page.resumed)
     assert page.scheduler.last_epoch == 4
 
 
-def test_a_whole_model_runs_code_and_needs_its_source():
+def test_loading_a_pickled_model_runs_code_and_needs_its_source():
     copied(WHOLE_MODEL)
     assert "this line was run by torch.load\nNo module named 'models'\n" in printed(WHOLE_MODEL, "copied")
 
 
-def test_weights_load_from_a_file_of_weights_and_from_a_checkpoint():
+def test_weights_are_loaded_from_a_weights_file_and_from_a_checkpoint():
     page = instead(WHOLE_MODEL)
     assert same(page.model, page.fresh)
     assert not same(page.model, page.make_run()[0])
     assert printed(WHOLE_MODEL, "instead") == "the same weights: True\n" * 2
 
 
-def test_a_file_that_holds_code_is_refused(tmp_path):
+def test_a_file_with_code_raises(tmp_path):
     stranger = copied(WHOLE_MODEL).Stranger()
     torch.save(stranger, tmp_path / "net.pth")
     with pytest.raises(RuntimeError, match=r"net\.pth"):
         instead(WHOLE_MODEL).load_weights(torch.nn.Linear(2, 2), tmp_path / "net.pth")
 
 
-def test_a_state_dict_that_was_not_copied_goes_on_training():
+def test_a_state_dict_that_was_not_copied_changes_with_training():
     page = copied(BEST)
     assert page.best > 0.5
     assert page.accuracy_of(page.model) < page.best - 0.3
@@ -76,12 +76,12 @@ def test_the_best_checkpoint_has_the_best_weights():
     assert page.accuracy_of(page.model) == pytest.approx(page.best)
 
 
-def test_more_than_patience_stops_an_epoch_late_and_saves_nothing_of_it():
+def test_comparing_with_more_than_patience_stops_an_epoch_late():
     assert copied(EARLY_STOP).epoch == 5
     assert "['model']" in printed(EARLY_STOP, "copied")
 
 
-def test_early_stopping_stops_on_time_and_is_saved():
+def test_early_stopping_stops_in_time_and_saves_its_state():
     page = instead(EARLY_STOP)
     assert page.trainer.state.epoch == 4
     assert page.saved == {"best": 0.9, "stale": 2}

@@ -1,4 +1,4 @@
-"""docs/from-your-loop/memory.md: what graphs hold, as copied and as replaced."""
+"""docs/from-your-loop/memory.md: the copied code and its replacements."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ CHECKPOINT = 'Activation checkpointing: "None of the inputs have requires_grad=T
 CHANNELS_LAST = '`channels_last` and "view size is not compatible with input tensor\'s size and stride"'
 
 
-def test_a_sum_of_losses_holds_every_graph():
+def test_a_sum_of_losses_keeps_every_graph():
     grows = copied(EMPTY_CACHE).grows
     assert grows == pytest.approx([grows[0] * n for n in (1, 2, 3, 4)], rel=0.1)
 
 
-def test_evaluation_and_logged_losses_hold_nothing():
+def test_evaluation_and_logged_losses_keep_no_graph():
     page = instead(EMPTY_CACHE)
     assert page.memory.now == 0
     assert page.memory.most > 100
@@ -35,13 +35,13 @@ def test_accumulation_has_the_same_gradient_in_less_memory():
     assert page.difference < 1e-5
 
 
-def test_an_in_place_relu_changes_what_a_residual_adds():
+def test_an_in_place_relu_changes_the_input_of_a_residual():
     page = copied(IN_PLACE)
     x = torch.tensor([[-1.0] * 8])
     assert torch.allclose(page.wrong(x.clone()), page.block(x) + 1)
 
 
-def test_half_precision_holds_half():
+def test_half_precision_halves_the_memory():
     kilobytes = instead(IN_PLACE).kilobytes
     assert kilobytes["bf16"] < 0.6 * kilobytes[None]
 
@@ -52,7 +52,7 @@ def test_reentrant_checkpointing_trains_nothing():
     assert page.model.head.weight.grad is not None
 
 
-def test_checkpointing_trains_the_same_in_less_memory():
+def test_checkpointing_gives_the_same_weights_in_less_memory():
     page = instead(CHECKPOINT)
     assert torch.equal(page.weights[None], page.weights[False])
     assert page.kilobytes["checkpointed"] < 0.3 * page.kilobytes["plain"]
@@ -64,7 +64,7 @@ def test_view_fails_on_channels_last():
         page.model(page.images.to(memory_format=torch.channels_last))
 
 
-def test_batches_are_put_in_channels_last():
+def test_batches_are_converted_to_channels_last():
     page = instead(CHANNELS_LAST)
     assert page.formats == [True] * 4
     assert page.trainer.state.optimizer_step == 4

@@ -1,4 +1,4 @@
-"""Every entry of docs/from-your-loop: in the overview, with both halves, printing what the page says, and tested."""
+"""Every entry of docs/from-your-loop is in the overview, has both halves, prints the output on the page, and is tested."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)")
 
 
 def anchor(title):
-    """What a heading is called in a link, as GitHub and MyST make it."""
+    """The anchor of a heading, as GitHub and MyST create it."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
@@ -21,8 +21,8 @@ def overview():
     return re.findall(r"\]\(([\w-]+\.md#[^)]+)\)", (FOLDER / "index.md").read_text())
 
 
-def titles_given_to(function):
-    """The entries for which a test calls one of these functions, by the constants that they are called with."""
+def titles_passed_to(function):
+    """The titles that tests pass to one of these functions, found by the constants in the calls."""
     found = set()
     for tree in (ast.parse(path.read_text()) for path in TESTS):
         constants = {
@@ -36,39 +36,39 @@ def titles_given_to(function):
     return found
 
 
-def test_the_overview_leads_to_every_entry():
+def test_the_overview_links_to_every_entry():
     assert sorted(overview()) == sorted(f"{entry.page}#{anchor(title)}" for title, entry in entries().items())
 
 
-def test_the_failure_of_every_entry_is_a_test():
-    assert titles_given_to({"copied", "copied_from_a_peer"}) == set(entries())
+def test_the_copied_half_of_every_entry_is_tested():
+    assert titles_passed_to({"copied", "copied_with_another_library"}) == set(entries())
 
 
-def test_the_replacement_of_every_entry_is_a_test():
-    assert titles_given_to({"instead"}) == set(entries())
+def test_the_replacement_of_every_entry_is_tested():
+    assert titles_passed_to({"instead"}) == set(entries())
 
 
-def test_the_pages_are_read():
+def test_the_pages_are_found():
     assert len(pages()) >= 8
     assert len(entries()) >= 40
 
 
 @pytest.mark.parametrize("which", ["copied", "instead"])
 @pytest.mark.parametrize("title", entries())
-def test_an_entry_prints_what_the_page_says(title, which):
+def test_an_entry_prints_the_output_shown_on_the_page(title, which):
     check_printed(result(title, which)[1])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("library", ["poutyne", "torchtnt"])
-def test_a_peer_prints_what_the_page_says(library):
+def test_another_library_prints_the_output_shown_on_the_page(library):
     pytest.importorskip(library)
     (title,) = (title for title, entry in entries().items() if f"from {library}" in entry.text)
     check_printed(result(title, "copied", ("python", "py"))[1])
 
 
 def check_printed(outputs):
-    """Fails where a block has printed other words than the page, or numbers that another rounding doesn't explain."""
+    """Fails if a block prints other words than the page shows, or numbers that differ by more than rounding."""
     for block, printed in outputs.items():
         assert NUMBER.sub("#", printed) == NUMBER.sub("#", block.printed)
         assert numbers(printed) == pytest.approx(numbers(block.printed), rel=0.05)
@@ -79,7 +79,7 @@ def numbers(text):
 
 
 @pytest.mark.parametrize("title", entries())
-def test_an_entry_shows_both_halves_and_what_goes_wrong(title):
+def test_an_entry_has_both_halves_with_output(title):
     entry = entries()[title]
     assert entry.copied.blocks
     assert any(block.printed for block in entry.copied.blocks)

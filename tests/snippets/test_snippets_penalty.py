@@ -1,4 +1,4 @@
-"""docs/from-your-loop/gradient-penalty.md: the function that everyone copies, and this package's."""
+"""docs/from-your-loop/gradient-penalty.md: the commonly copied function and its replacement."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ VIEW = "Gradient penalty with `gradients.view(...)`, and a `fake` that isn't det
 ROOT = "Gradient penalty is NaN: `torch.sqrt(torch.sum(gradients ** 2, dim=1))`"
 
 
-def by_hand(critic, real, fake, alpha):
-    """One sample after the other, so that no shape can go wrong."""
+def penalty_by_hand(critic, real, fake, alpha):
+    """The penalty, computed sample by sample."""
     terms = []
     for a, r, f in zip(alpha, real, fake, strict=True):
         point = (a * r + (1 - a) * f)[None].requires_grad_()
@@ -19,9 +19,9 @@ def by_hand(critic, real, fake, alpha):
     return float(10 * sum(terms) / len(terms))
 
 
-def test_an_alpha_for_images_is_silently_wrong_for_vectors():
+def test_an_alpha_for_images_gives_a_wrong_penalty_for_vectors():
     page = copied(ALPHA)
-    right = by_hand(page.critic, page.real, page.fake, page.alpha)
+    right = penalty_by_hand(page.critic, page.real, page.fake, page.alpha)
     assert abs(page.wrong.item() - right) > 0.5 * right
 
 
@@ -32,13 +32,13 @@ def test_an_alpha_for_images_raises_for_sequences():
         page.copied_penalty(critic, page.rows, page.fake_rows, page.alpha)
 
 
-def test_the_penalty_is_right_for_any_rank():
+def test_the_penalty_is_correct_for_any_number_of_dimensions():
     page = instead(ALPHA)
     assert len(page.shapes) == 4
     for shape, critic in page.shapes.values():
         real, fake = page.real.reshape(-1, *shape), page.fake.reshape(-1, *shape)
         penalty = page.gradient_penalty(critic, real, fake, alpha=page.alpha)
-        assert penalty.item() == pytest.approx(by_hand(critic, real, fake, page.alpha), rel=1e-4)
+        assert penalty.item() == pytest.approx(penalty_by_hand(critic, real, fake, page.alpha), rel=1e-4)
 
 
 def test_the_copied_penalty_trains_the_generator_and_fails_on_channels_last():
@@ -48,17 +48,17 @@ def test_the_copied_penalty_trains_the_generator_and_fails_on_channels_last():
         page.copied_penalty(page.critic, *page.images, page.alpha)
 
 
-def test_the_penalty_trains_the_critic_alone():
+def test_the_penalty_trains_only_the_critic():
     page = instead(VIEW)
     assert page.generator.weight.grad is None
     assert page.critic[0].weight.grad.norm() > 0
 
 
-def test_a_root_of_zero_has_no_finite_gradient():
+def test_the_gradient_of_the_square_root_is_not_finite_at_zero():
     assert copied(ROOT).critic[0].weight.grad.isnan().all()
 
 
-def test_the_penalty_is_finite_where_the_gradient_is_zero():
+def test_the_gradient_of_the_penalty_is_finite_at_zero():
     page = instead(ROOT)
     assert page.penalty.dtype is torch.float32
     assert page.penalty.item() == 10
