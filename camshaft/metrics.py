@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from camshaft.validation import check_choice
+
 __all__ = ["MetricWatch", "Metrics", "as_number", "better", "check_mode"]
 
 logger = logging.getLogger("camshaft")
@@ -81,8 +83,7 @@ def check_mode(mode: str, metric: str | None) -> None:
     Raises:
         ValueError: if it is neither ``"min"`` nor ``"max"``.
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+    check_choice(mode, "mode", ("min", "max"))
     if mode == "max" and isinstance(metric, str) and LESS_IS_BETTER.search(metric):
         logger.warning("mode is 'max', so that the highest %r is the best; if less is better, use mode='min'", metric)
 

@@ -17,6 +17,7 @@ from ignite.engine import Events
 from camshaft.engines.trainer import Trainer
 from camshaft.models import plain_state_dict
 from camshaft.pytree import tensors
+from camshaft.validation import check_choice
 
 __all__ = ["assert_resumes_exactly"]
 
@@ -61,8 +62,7 @@ def assert_resumes_exactly(
         ...     return trainer, lambda: trainer.run(data, max_epochs=2)
         >>> assert_resumes_exactly(make_run, stops=[1, 4, 5])
     """
-    if by not in ("terminate", "exception"):
-        raise ValueError(f"by must be 'terminate' or 'exception', got {by!r}")
+    check_choice(by, "by", ("terminate", "exception"))
     with tempfile.TemporaryDirectory() as folder:
         whole, end = _trace(make_run, Path(folder))
     for stop in range(1, len(whole)) if stops is None else stops:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,16 @@ from camshaft.models import device_of, plain_named_parameters
 from camshaft.pytree import describe
 
 __all__ = [
+    "as_integer",
     "bad_loss",
+    "check_choice",
     "check_count",
     "check_device",
     "check_no_class",
+    "check_non_negative",
     "check_optimizers",
     "check_optional_count",
+    "check_positive",
     "check_prepare",
     "describe_type",
     "join_names",
@@ -71,25 +77,65 @@ def name_of(function: Any) -> str:
     return described or getattr(function, "__qualname__", None) or type(function).__name__
 
 
+def as_integer(value: Any) -> int | None:
+    """An integer of Python, NumPy or torch as Python's; ``None`` for anything else, including a bool."""
+    try:
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_count(value: Any, argument: str, minimum: int = 1) -> int:
     """An integer of at least ``minimum``; accepts whatever has ``__index__``, such as NumPy's integers.
 
     Raises:
         ValueError: if it is anything else.
     """
-    allowed = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = minimum - 1
-    if isinstance(value, (bool, np.bool_)) or number < minimum:
+    number = as_integer(value)
+    if number is None or number < minimum:
+        allowed = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
         raise ValueError(f"{argument} must be {allowed}, got {value!r}")
     return number
 
 
-def check_optional_count(value: Any, argument: str) -> int | None:
+def check_optional_count(value: Any, argument: str, minimum: int = 1) -> int | None:
     """``None``, or what :func:`check_count` returns."""
-    return None if value is None else check_count(value, argument)
+    return None if value is None else check_count(value, argument, minimum)
+
+
+def check_positive(value: Any, argument: str) -> float:
+    """A number above 0, of Python or NumPy, as Python's; infinity is allowed.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{argument} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def check_non_negative(value: Any, argument: str) -> float:
+    """A finite number of at least 0, of Python or NumPy, as Python's.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ValueError(f"{argument} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def check_choice(value: Any, argument: str, choices: Sequence[str]) -> None:
+    """Raises ``ValueError`` if a value is not one of some words.
+
+    Example:
+        >>> check_choice("mean", "mode", ("min", "max"))
+        Traceback (most recent call last):
+        ValueError: mode must be 'min' or 'max', got 'mean'
+    """
+    if not isinstance(value, str) or value not in choices:
+        *first, last = map(repr, choices)
+        raise ValueError(f"{argument} must be {', '.join(first)} or {last}, got {value!r}")
 
 
 def check_no_class(value: Any, argument: str, what: str, kind: type = object) -> None:

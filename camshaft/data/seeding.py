@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from camshaft.rng import preserve_rng_state, reseed
+from camshaft.validation import as_integer
 
 __all__ = ["SeededDataset", "seed_everything", "worker_init_fn"]
 
@@ -32,8 +33,7 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
         >>> torch.rand(1)
         tensor([0.4963])
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    seed = check_seed(seed)
     if deterministic and benchmark:
         raise ValueError("deterministic and benchmark contradict each other: a benchmark chooses by time")
     reseed(seed)
@@ -42,6 +42,14 @@ def seed_everything(seed: int, deterministic: bool = False, benchmark: bool = Fa
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = benchmark
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an ``int``; raises ``ValueError`` if NumPy does not accept it."""
+    number = as_integer(seed)
+    if number is None or not 0 <= number < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    return number
 
 
 def worker_init_fn(worker_id: int) -> None:
@@ -92,9 +100,7 @@ class SeededDataset(Dataset[Any]):
     def __init__(self, dataset: Any, seed: int = 0) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(f"dataset must be map-style, with a length and an index, got {type(dataset).__name__}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed = dataset, check_seed(seed)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 from camshaft.gan.input_gradients import HALF, bad_scores, has_one_score_per_sample
 from camshaft.objective import Objective
 from camshaft.pytree import describe
-from camshaft.validation import bad_loss, name_of
+from camshaft.validation import as_integer, bad_loss, name_of
 
 __all__ = ["DiscriminatorObjective", "GANState", "GeneratorObjective", "penalty_interval"]
 
@@ -186,8 +186,8 @@ def latents_from(latent: Any, generator: nn.Module) -> Callable[[int, torch.devi
     """The function that draws latents: the user's own, or one that draws normal latents in the generator's dtype."""
     if callable(latent):
         return latent  # type: ignore[no-any-return]
-    sizes = tuple(latent) if isinstance(latent, (tuple, list)) else (latent,)
-    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+    sizes = [as_integer(size) for size in (latent if isinstance(latent, (tuple, list)) else (latent,))]
+    if not sizes or any(size is None or size < 1 for size in sizes):
         raise ValueError(
             f"latent must be a positive integer, a sequence of them, or a callable (n, device) -> tensor, got {latent!r}"
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 
 from camshaft.gan.input_gradients import input_gradients, to_float32
 from camshaft.pytree import describe
-from camshaft.validation import check_count
+from camshaft.validation import check_count, check_non_negative
 
 __all__ = ["DRAGAN", "GradientPenalty", "Penalty", "R1", "R2", "gradient_penalty"]
 
@@ -50,7 +49,7 @@ def gradient_penalty(
         RuntimeError: under ``no_grad``, where the penalty could not train anything.
 
     Example:
-        >>> critic = nn.Linear(3, 1)
+        >>> critic = torch.nn.Linear(3, 1)
         >>> real, fake = torch.ones(4, 3), torch.zeros(4, 3)
         >>> gradient_penalty(critic, real, fake).backward()
         >>> critic.weight.grad.shape
@@ -80,12 +79,11 @@ class Penalty:
     settings: ClassVar[tuple[str, ...]] = ("weight", "every")
 
     def __init__(self, weight: float = 10.0, *, every: int = 1) -> None:
-        check_number(weight, "weight", type(self).__name__)
-        check_count(every, f"every of {type(self).__name__}")
-        self.weight, self.every = float(weight), every
+        self.weight = check_non_negative(weight, f"weight of {type(self).__name__}")
+        self.every = check_count(every, f"every of {type(self).__name__}")
 
     def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        """If the gradient is taken; of the samples' shape."""
+        """The points at which the gradient is computed; of the samples' shape."""
         raise NotImplementedError
 
     def measure(self, gradients: torch.Tensor) -> torch.Tensor:
@@ -122,8 +120,8 @@ class GradientPenalty(Penalty):
 
     def __init__(self, weight: float = 10.0, center: float = 1.0, one_sided: bool = False, every: int = 1) -> None:
         super().__init__(weight, every=every)
-        check_number(center, "center", type(self).__name__)
-        self.center, self.one_sided = float(center), bool(one_sided)
+        self.center = check_non_negative(center, f"center of {type(self).__name__}")
+        self.one_sided = bool(one_sided)
 
     def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """Points between each generated sample and its real one."""
@@ -148,7 +146,7 @@ class DRAGAN(Penalty):
 
     Example:
         >>> penalty = DRAGAN(std=0.1)
-        >>> penalty(nn.Linear(3, 1), torch.ones(4, 3), torch.zeros(4, 3)).shape
+        >>> penalty(torch.nn.Linear(3, 1), torch.ones(4, 3), torch.zeros(4, 3)).shape
         torch.Size([])
     """
 
@@ -156,9 +154,8 @@ class DRAGAN(Penalty):
 
     def __init__(self, weight: float = 10.0, std: float = 0.5, *, center: float = 1.0, every: int = 1) -> None:
         super().__init__(weight, every=every)
-        check_number(std, "std", type(self).__name__)
-        check_number(center, "center", type(self).__name__)
-        self.std, self.center = float(std), float(center)
+        self.std = check_non_negative(std, f"std of {type(self).__name__}")
+        self.center = check_non_negative(center, f"center of {type(self).__name__}")
 
     def points(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """Points around the real samples."""
@@ -240,9 +237,3 @@ def distance(gradients: torch.Tensor, center: float, one_sided: bool = False) ->
     norms: torch.Tensor = torch.linalg.vector_norm(gradients, dim=1)  # its derivative at 0 is 0; that of a square root is NaN
     excess = norms - center
     return (excess.clamp_min(0) if one_sided else excess).square().mean()
-
-
-def check_number(value: Any, argument: str, owner: str) -> None:
-    """Raises ``ValueError`` unless ``value`` is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{argument} of {owner} must be a finite number of at least 0, got {value!r}")
