@@ -33,6 +33,7 @@ __all__ = [
     "describe_type",
     "join_names",
     "name_of",
+    "no_gradients",
     "stateful",
 ]
 
@@ -240,4 +241,12 @@ def bad_loss(loss: Any, source: str) -> Exception:
     return ValueError(
         f"{source} has no gradient: it does not depend on any trainable parameter. Was it computed under no_grad() "
         "or detached, or is everything frozen?"
+    )
+
+
+def no_gradients(source: str) -> RuntimeError:
+    """The error for a loss whose backward pass has computed no gradient of a parameter of the optimizer."""
+    return RuntimeError(
+        f"{source} trains nothing: after its backward pass no parameter of the optimizer has a gradient. Compute it from the "
+        "model that the optimizer was made for"
     )

@@ -8,41 +8,18 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
+from torch.utils.data import DataLoader, IterableDataset
 
+from camshaft.checkpoints.data_position import length_of
+from camshaft.engines.fire import Fire, FireEvent, no_handlers
 from camshaft.events import FilteredHandler, Priority, check_takes_engine, split
 from camshaft.handler import handlers_of, stop
 
 __all__ = ["LoopEngine", "no_handlers"]
-
-
-class Fire:
-    """A callable for each event of an engine, under the event's value: ``engine.fire.gradients_ready()``."""
-
-    if TYPE_CHECKING:  # attributes are set as events are registered; a real __getattr__ would be called at each lookup
-
-        def __getattr__(self, event: str) -> Callable[..., None]: ...
-
-
-def no_handlers(*args: Any, **kwargs: Any) -> None:
-    """Fires an event that has no handlers."""
-
-
-class FireEvent:
-    """Fires one event that has handlers."""
-
-    __slots__ = ("_engine", "_event")
-
-    def __init__(self, engine: LoopEngine, event: Any) -> None:
-        self._engine, self._event = weakref.ref(engine), event  # the engine holds this object
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        engine = self._engine()
-        assert engine is not None
-        engine._fire_event(self._event, *args, **kwargs)
 
 
 class LoopEngine(Engine):
@@ -59,6 +36,8 @@ class LoopEngine(Engine):
         self.fire = Fire()
         self.ending: str | None = None
         """Why the run is about to end; if set, a batch that can't be fetched is not an error."""
+        self.fetched = 0
+        """The number of batches that the current pass over the data has returned."""
         self.has_run = False
         """Whether a run has ended, by an exception too."""
         self.epoch_iteration = 0
@@ -235,6 +214,7 @@ class LoopEngine(Engine):
         self._init_iter = None
         self.epoch_iteration = position
         has_data = state.dataloader is not None
+        pass_length = self._pass_length()
         restarted = False
         try:
             while state.epoch_length is None or position < state.epoch_length:
@@ -251,6 +231,9 @@ class LoopEngine(Engine):
                     restarted = True
                     continue
                 state.output = None
+                self.fetched += 1
+                if self.fetched > pass_length:
+                    self._check_pass_length()
                 if has_data:
                     fire.get_batch_completed()
                     if self.has_request:
@@ -288,11 +271,35 @@ class LoopEngine(Engine):
         if restarted:
             self._warn_of_missing_data()
             return False
+        if 0 < self.fetched < self._pass_length() < float("inf"):
+            raise RuntimeError(
+                f"the data ended after {self.fetched} batches, but its length is {self._pass_length()}: either its __len__ is "
+                "wrong, or a StopIteration has come out of the dataset. Correct it, or give run() the epoch_length"
+            )
         if self.state.dataloader is not None:
             self.fire.dataloader_stop_iteration()
             yield from self._maybe_terminate_or_interrupt()
         self._setup_dataloader_iter()
         return True
+
+    def _setup_dataloader_iter(self) -> None:
+        super()._setup_dataloader_iter()
+        self.fetched = 0
+
+    def _pass_length(self) -> float:
+        """The number of batches in a pass over the data; infinite if unknown, or if an epoch has another length."""
+        length = length_of(self.state.dataloader)
+        return float("inf") if length is None or length != self.state.epoch_length else length
+
+    def _check_pass_length(self) -> None:
+        """Raises ``RuntimeError`` if the data returns more batches than its length."""
+        data = self.state.dataloader
+        is_sharded_by_workers = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
+        if self.fetched > self._pass_length() and not is_sharded_by_workers:  # whose length can only be an estimate
+            raise RuntimeError(
+                f"the data returns more batches than its length, {self._pass_length()}: the next epoch would start in the "
+                "middle of it. Correct its __len__, or give run() the epoch_length"
+            )
 
     @property
     def has_request(self) -> bool:

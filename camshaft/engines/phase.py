@@ -21,7 +21,7 @@ from camshaft.optimizers import has_own_zero_grad
 from camshaft.precision import Precision
 from camshaft.protocols import Execution, GradientSync
 from camshaft.pytree import detach, to_device
-from camshaft.validation import bad_loss, check_count, check_device, check_optimizers, describe_type, stateful
+from camshaft.validation import bad_loss, check_count, check_device, check_optimizers, describe_type, no_gradients, stateful
 
 __all__ = ["Phase"]
 
@@ -98,6 +98,8 @@ class Phase:
         self.reduced_by_hand = False
         """Whether the objective calls the network without its DDP wrapper: gradients are reduced when a window is full."""
         self.has_own_zero_grad = any(map(has_own_zero_grad, self.optimizers))
+        self.is_known_to_train = False
+        """Whether the first window of this run has been seen to have gradients."""
 
         self._skip_requests: list[tuple[torch.Tensor, Callable[[], None] | None]] = []
         self._parameters: tuple[Any, list[nn.Parameter]] | None = None
@@ -200,10 +202,18 @@ class Phase:
         return result["loss"]
 
     def normalize_gradients(self) -> None:
-        """Divides the gradients by what their losses have not been divided by: a shorter window's length, or weights."""
+        """Divides the gradients by what their losses were not divided by: a shorter window's length, or weights."""
+        if not self.is_known_to_train:
+            self.check_gradients()
         divisor = self.gradient_sync.normalizer(self)
         if divisor is not None:
             torch._foreach_div_([local_tensor(p.grad) for p in self.parameters() if p.grad is not None], divisor)
+
+    def check_gradients(self) -> None:
+        """Raises ``RuntimeError`` if no parameter has a gradient: called once per run, in the first window."""
+        if all(parameter.grad is None for parameter in self.parameters()):
+            raise no_gradients(f"the loss of phase {self.name!r} (from {self.objective.label})")
+        self.is_known_to_train = True
 
     def skip_step_if(self, flag: torch.Tensor, then: Callable[[], None] | None = None) -> None:
         """Requests that the current step be skipped if ``flag`` is true; all flags are read in one transfer.
@@ -265,11 +275,7 @@ class Phase:
         self.precision.discard_unscaling()
 
     def zero_grad(self) -> None:
-        """Clears the gradients of every parameter that this phase trains.
-
-        Does what ``Optimizer.zero_grad()`` does, without its profiler annotation, which takes longer than the rest of the step;
-        if an optimizer overrides the method, it is called.
-        """
+        """Clears the gradients: as ``Optimizer.zero_grad()``, without its slow profiler annotation, unless it is overridden."""
         if self.has_own_zero_grad:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()

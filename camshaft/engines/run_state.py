@@ -20,7 +20,9 @@ class RunStatus(Enum):
     INTERRUPTED = "interrupted"
     """``interrupt()`` has paused the run; it continues inside the same epoch."""
     FINISHED = "finished"
-    """The run has ended, by reaching its limit, by ``terminate()`` or by an exception."""
+    """The run has ended, by reaching its limit or by ``terminate()``."""
+    FAILED = "failed"
+    """An exception has left the run."""
 
 
 @dataclass
@@ -48,11 +50,12 @@ class RunState:
         self.status = status
 
     def end(self, is_interrupted: bool) -> None:
-        """The run has been interrupted or has ended. A checkpoint that it has not got to is still to be resumed from."""
-        if is_interrupted:
-            self.status = RunStatus.INTERRUPTED
-        else:
-            self.status = RunStatus.FINISHED if self.checkpoint is None else RunStatus.RESUMED
+        """The run has been interrupted or has ended."""
+        self.status = RunStatus.INTERRUPTED if is_interrupted else RunStatus.FINISHED
+
+    def fail(self) -> None:
+        """An exception has left the run. A checkpoint that it has not got to is still to be resumed from."""
+        self.status = RunStatus.FAILED if self.checkpoint is None else RunStatus.RESUMED
 
     def take_checkpoint(self) -> Mapping[str, Any] | None:
         """The loaded checkpoint; from now on the run stands where it says."""

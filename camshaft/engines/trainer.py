@@ -22,7 +22,7 @@ from camshaft.engines.loop import LoopEngine
 from camshaft.engines.phase import Phase
 from camshaft.engines.run_state import RunState, RunStatus
 from camshaft.engines.state import TrainerState
-from camshaft.engines.trainer_events import add_trainer_events, remember_modes
+from camshaft.engines.trainer_events import add_trainer_events, remember_modes, warn_of_skipped_batches
 from camshaft.events import PhaseEvent, StepEvents
 from camshaft.handler import Handler
 from camshaft.optimizers import group_rates
@@ -37,8 +37,7 @@ class Trainer(LoopEngine):
     """An Ignite engine that trains one or more phases; made by :func:`create_trainer` and :func:`create_gan_trainer`.
 
     Whatever works on an ``ignite.engine.Engine`` works on it. For an alternating scheme of your own, make a trainer of
-    :class:`Phase` objects: the data drives the first; each other runs a full window after every ``interval``-th completed step
-    of the first.
+    :class:`Phase` objects: the data drives the first; each other runs a window after its ``interval``-th completed step.
 
     Args:
         phases: the phases, in order.
@@ -62,7 +61,7 @@ class Trainer(LoopEngine):
         check_phases(phases)
         super().__init__(run_iteration)
         self.state = TrainerState()
-        # Ignite's loggers look up the clock of an event in this table of the whole process; the true clocks are the state's
+        # Ignite's loggers look up an event's clock in this global table; the true clocks are the state's
         self.register_events(*StepEvents, event_to_attr=dict.fromkeys(StepEvents, "iteration"))
         self.handlers: dict[str, Handler] = {}
         """The attached handlers of this package, by name."""
@@ -76,7 +75,7 @@ class Trainer(LoopEngine):
         self.coordinator = Coordinator()
         """Carries out requests to stop or to save; with several processes, together with the other ranks."""
         self.last_batch: Any = None
-        """The latest batch, which the followers use for their turns."""
+        """The latest batch, for the turns of the followers."""
         self.exit_code: int | None = None
         """The exit code of the process when the run has ended, set by a handler that was asked to end it."""
         self.output = output
@@ -134,14 +133,18 @@ class Trainer(LoopEngine):
     @contextmanager
     def _running(self, status: RunStatus) -> Iterator[None]:
         """Begins a run or continues one, and records its status afterwards."""
-        self.run_state.begin(status)
         if status is RunStatus.NEW:
+            warn_of_skipped_batches(self)
             self.state.epoch_is_open = False  # an epoch that an earlier run has cut short is over
         elif status is RunStatus.INTERRUPTED:
             remember_modes(self)
+        self.run_state.begin(status)
         try:
             yield
-        finally:
+        except BaseException:
+            self.run_state.fail()
+            raise
+        else:
             self.run_state.end(is_interrupted=self._internal_run_generator is not None)
 
     def _exit_if_requested(self) -> None:
@@ -178,9 +181,8 @@ class Trainer(LoopEngine):
             reason: the text of ``state.stop_reason``.
         """
         self.run_state.stop_requested = True
-        where = f"epoch {self.state.epoch}, iteration {self.state.iteration}"
-        skip_completed = skip_completed is True  # as a handler itself it is given the engine
-        self.coordinator.terminate(self, reason or f"terminate() was called in {where}", skip_completed)
+        reason = reason or f"terminate() was called in epoch {self.state.epoch}, iteration {self.state.iteration}"
+        self.coordinator.terminate(self, reason, skip_completed is True)  # as a handler it is given the engine
 
     def terminate_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Ends the epoch after the current event, as Ignite does."""
@@ -278,6 +280,7 @@ class Trainer(LoopEngine):
             batches = self.data_position.resume(data, checkpoint["data"], state.iteration)
             if state.epoch_is_open or not checkpoint["data"]["spent"]:
                 self._init_iter = self.epoch_iteration if state.epoch_is_open else 0
+                self.fetched = self.data_position.taken(state.iteration)
                 self._dataloader_iter = self.coordinator.ending_together(batches, self.length_is_known)
                 return
         self.data_position.begin(data, state.iteration, state.epoch)
@@ -303,17 +306,16 @@ class Trainer(LoopEngine):
         """Also ends the run if an epoch would have no batch at all."""
         super()._warn_of_missing_data()
         if self.epoch_iteration == 0 and not self.coordinator.is_distributed and not self._is_done(self.state):
-            reason = f"the data ended after iteration {self.state.iteration}"
-            self.terminate(reason=f"{reason}: it can be iterated over only once; give run() a DataLoader or a list")
+            where = f"the data ended after iteration {self.state.iteration}"
+            self.terminate(reason=f"{where}: it can be iterated over only once; give run() a DataLoader or a list")
             raise _EngineTerminateException
 
     @staticmethod
     def _is_done(state: State) -> bool:
         if not getattr(state, "epoch_is_open", False):
             return Engine._is_done(state)
-        reached = state.max_iters is not None and state.iteration >= state.max_iters
-        epoch_is_full = state.epoch_length and state.iteration % state.epoch_length == 0
-        return reached and not epoch_is_full  # a full epoch is completed first
+        is_full = state.epoch_length and state.iteration % state.epoch_length == 0  # a full epoch is completed first
+        return state.max_iters is not None and state.iteration >= state.max_iters and not is_full
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

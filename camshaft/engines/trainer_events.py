@@ -5,15 +5,20 @@ These are functions, not bound methods: the trainer holds its handlers, and must
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ignite.engine import Events
 
 from camshaft.checkpoints.metric_state import restore_metrics
 from camshaft.engines.alternation import show_main_clock
+from camshaft.engines.run_state import RunStatus
 from camshaft.rng import restore_rng
 
-__all__ = ["add_trainer_events", "remember_modes"]
+__all__ = ["add_trainer_events", "remember_modes", "warn_of_skipped_batches"]
+
+
+logger = logging.getLogger("camshaft")
 
 
 def add_trainer_events(trainer: Any) -> None:
@@ -34,6 +39,7 @@ def begin_run(trainer: Any) -> None:
     is_new = trainer.run_state.checkpoint is None and state.iteration == 0
     for phase in trainer.phases.values():
         phase.remember_modes()
+        phase.is_known_to_train = False
         if is_new:
             phase.optimizer_step = phase.skipped_steps = phase.forward_passes = 0
             state.losses.clear()
@@ -51,6 +57,21 @@ def restore_before_data(trainer: Any) -> None:
     restore_rng(checkpoint["rng"])
     if trainer.state.epoch_is_open:
         trainer._mute(Events.EPOCH_STARTED)  # until the data is set up, which comes next
+
+
+def warn_of_skipped_batches(trainer: Any) -> None:
+    """Warns before a new run about the batches of an epoch that an exception has cut short."""
+    state = trainer.state
+    if trainer.run_state.status is not RunStatus.FAILED or not state.epoch_is_open or trainer._is_done(state):
+        return
+    if trainer.epoch_iteration == state.epoch_length:
+        return
+    of = "" if state.epoch_length is None else f" of {state.epoch_length}"
+    logger.warning(
+        "the last run failed in epoch %d, after %d%s batches: the rest of that epoch is skipped, and its open window is "
+        "discarded. To continue at the next batch, resume from a checkpoint",
+        state.epoch, trainer.epoch_iteration, of,
+    )  # fmt: skip
 
 
 def abandon_open_windows(trainer: Any) -> None:

@@ -21,7 +21,7 @@ from camshaft import (
     StepEvents,
     create_trainer,
 )
-from camshaft.engines.loop import no_handlers
+from camshaft.engines.fire import no_handlers
 
 SYNCING_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
 """Tensor methods that make the host wait for the device."""
@@ -80,11 +80,11 @@ def fired(monkeypatch):
 
     names, original = [], LoopEngine._fire_event
 
-    def noting(engine, event, *args, **kwargs):
+    def recording(engine, event, *args, **kwargs):
         names.append(getattr(event, "name", event))
         return original(engine, event, *args, **kwargs)
 
-    monkeypatch.setattr(LoopEngine, "_fire_event", noting)
+    monkeypatch.setattr(LoopEngine, "_fire_event", recording)
     return names
 
 
@@ -131,12 +131,12 @@ def test_a_handler_is_called_only_if_its_filter_matches(event, calls):
 def test_a_count_filter_needs_no_function_call():
     trainer, data = make()
     event = StepEvents.GRADIENTS_READY(every=5)
-    asked, original = [], event.filter
+    filter_calls, original = [], event.filter
     trainer.add_event_handler(event, lambda: None)
     listener = trainer._event_handlers[event][0][0]
-    listener.test = lambda engine, clock: asked.append(clock) or original(engine, clock)
+    listener.test = lambda engine, clock: filter_calls.append(clock) or original(engine, clock)
     trainer.run(data)
-    assert asked == []
+    assert filter_calls == []
 
 
 def test_a_batch_on_the_device_is_not_moved(monkeypatch):
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_over_ten_thousand_iterations():
     held = {}
 
     @trainer.on(Events.ITERATION_COMPLETED(once=[1_000, 10_999]))
-    def look(engine):
+    def record(engine):
         gc.collect()
         held[engine.state.iteration] = tracemalloc.get_traced_memory()[0]
 
@@ -226,7 +226,7 @@ def test_the_autograd_graph_is_freed_after_each_iteration():
     graph, alive = [], []
 
     @trainer.on(StepEvents.FORWARD_COMPLETED)
-    def note(engine):
+    def record(engine):
         alive.extend(reference() is not None for reference in graph)
         state = engine.state
         graph[:] = [weakref.ref(state.loss), weakref.ref(state.y_pred)]
@@ -238,12 +238,12 @@ def test_the_autograd_graph_is_freed_after_each_iteration():
 
 def test_the_state_between_iterations_has_no_graph():
     trainer, data = make()
-    shown = []
+    requires_grad = []
 
     @trainer.on(Events.ITERATION_COMPLETED)
-    def look(engine):
+    def record(engine):
         state = engine.state
-        shown.extend(tensor.requires_grad for tensor in (state.x, state.y, state.y_pred, state.loss, state.output))
+        requires_grad.extend(tensor.requires_grad for tensor in (state.x, state.y, state.y_pred, state.loss, state.output))
 
     trainer.run(data)
-    assert shown == [False] * 5 * BATCHES
+    assert requires_grad == [False] * 5 * BATCHES

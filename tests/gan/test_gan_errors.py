@@ -82,7 +82,7 @@ def test_a_scheduler_of_the_other_network_raises():
             ValueError,
             r"latent .* n=8 samples first, got .*\(7, 3\) in iteration 1",
         ),
-        ({"latent": lambda n, d: None}, ValueError, "latent .* the generator .* got a NoneType in iteration 1"),
+        ({"latent": lambda n, d: None}, ValueError, "latent .* must return a tensor .* got a NoneType in iteration 1"),
         ({"generator": nn.Linear(3, 4)}, ValueError, r"generator Linear must .* \(8, 2\), got .* \(8, 4\) in iteration 1"),
         ({"critic": nn.Linear(2, 2)}, ValueError, r"discriminator Linear must return one number per sample, .* in iteration 1"),
         ({"loss": (lambda r, f: r, lambda f: f)}, ValueError, "loss of the discriminator .* in iteration 1.* must be a scalar"),

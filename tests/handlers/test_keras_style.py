@@ -24,7 +24,7 @@ from camshaft import (
     create_gan_trainer,
     create_trainer,
 )
-from camshaft.engines.loop import no_handlers
+from camshaft.engines.fire import no_handlers
 from camshaft.handlers.keras_style import METHODS
 
 
