@@ -6,8 +6,9 @@ import atexit
 import pickle
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
@@ -22,10 +23,13 @@ __all__ = [
     "broadcast_object",
     "host_group",
     "is_main_process",
+    "on_rank_zero",
     "rank",
     "until_rank_zero_is_exhausted",
     "world_size",
 ]
+
+Result = TypeVar("Result")
 
 _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _last_work: list[Any] = []
@@ -84,6 +88,42 @@ def all_gather_object(value: Any) -> list[Any]:
 def broadcast_object(value: Any) -> Any:
     """The value of rank 0."""
     return all_gather_object(value if rank() == 0 else None)[0]
+
+
+def on_rank_zero(action: Callable[[], Result]) -> Result:
+    """Runs an action on rank 0. Every rank must call it, gets the value, and raises the exception if there is one.
+
+    On the other ranks the exception has the same type if it can be pickled, and its text says that it comes from rank 0.
+    """
+    if world_size() == 1:
+        return action()
+    value: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = action()
+        except Exception as failure:
+            error = failure
+    value, sent = broadcast_object((value, _portable(error)))
+    try:
+        if error is not None:
+            raise error
+        if sent is not None:
+            raise sent
+        return value  # type: ignore[no-any-return]
+    finally:
+        del error, sent  # their tracebacks refer to this frame
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """An exception for other processes."""
+    if error is None:
+        return None
+    with suppress(Exception):
+        copy = type(error)(f"on rank 0: {error}")
+        pickle.loads(pickle.dumps(copy))
+        return copy
+    return RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
 
 
 def _wait(work: Any) -> None:
