@@ -80,8 +80,12 @@ class _CutShort(Exception):
     """Cuts a run short in the middle."""
 
 
-def _cut_short() -> None:
+def _cut_short(engine: Trainer) -> None:
     raise _CutShort
+
+
+def _terminate(engine: Trainer) -> None:
+    engine.terminate()
 
 
 def _trace(
@@ -106,8 +110,8 @@ def _trace(
     trainer.add_event_handler_at(-2000, Events.ITERATION_STARTED, note_batch)
     trainer.add_event_handler_at(2000, Events.ITERATION_COMPLETED, note_step)
     if stop is not None:
-        end_it = _cut_short if by == "exception" else lambda: trainer.terminate()
-        trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), end_it)
+        end = _cut_short if by == "exception" else _terminate
+        trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), end)
     if resume:
         rotation = next((h for h in trainer.handlers.values() if hasattr(h, "resume")), None)
         if rotation is None:

@@ -86,7 +86,7 @@ class _Ahead:
             self.has_begun = True
             self._fetch()
         if self.error is not None:
-            raise self.error
+            self._raise()
         batch = self.batch
         if self.stream is not None:
             self._wait_for_copy(batch, torch.cuda.current_stream(self.prefetch.device))
@@ -99,8 +99,19 @@ class _Ahead:
             batch = next(self.batches)
             with torch.cuda.stream(self.stream):  # does nothing for None
                 self.batch = to_device(batch, self.prefetch.device, non_blocking=True)
+        except StopIteration as error:
+            self.error = error.with_traceback(None)  # its frames hold this iterator, which would never be freed
         except Exception as error:
             self.error = error
+
+    def _raise(self) -> None:
+        """Raises the error of the fetch and drops it: its traceback holds this iterator. The next call fetches again."""
+        error, self.error, self.has_begun = self.error, None, False
+        try:
+            assert error is not None
+            raise error
+        finally:
+            del error
 
     def _wait_for_copy(self, batch: Any, stream: torch.cuda.Stream) -> None:
         """Makes the step wait for the copy, on the device, and keeps the memory until the step has used it."""

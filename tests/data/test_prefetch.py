@@ -1,8 +1,12 @@
 """`Prefetch`: a loader that fetches one batch ahead."""
 
+import gc
+import weakref
+from contextlib import suppress
+
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from camshaft import Prefetch, create_trainer
 
@@ -56,6 +60,43 @@ def test_an_error_is_raised_at_its_own_batch():
         trainer.run(Prefetch(loader, "cpu"))
     assert trainer.state.iteration == 2
     assert "camshaft: in epoch 1, iteration 2" in caught.value.__notes__
+
+
+def test_the_batches_after_an_error_can_still_be_fetched():
+    class BrokenAtOne(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise ValueError("a broken sample")
+            return float(index)
+
+    batches = iter(Prefetch(DataLoader(BrokenAtOne(), batch_size=None), "cpu"))
+    assert next(batches) == 0.0
+    with pytest.raises(ValueError, match="a broken sample"):
+        next(batches)
+    assert list(batches) == [2.0]
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("broken", [None, 2])
+def test_an_iterator_is_freed_with_its_last_reference(broken, no_collector):
+    """The traceback of an error that it fetched ahead, or of the end of the data, must not keep it alive."""
+    batches = iter(Prefetch(RecordingLoader(broken=broken), "cpu"))
+    watched = weakref.ref(batches)
+    with suppress(ValueError):
+        for _ in batches:
+            pass
+    del batches
+    assert watched() is None
 
 
 def test_nested_tensors_are_moved_and_other_values_are_kept():
