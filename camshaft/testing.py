@@ -110,8 +110,8 @@ def _trace(
     trainer.add_event_handler_at(-2000, Events.ITERATION_STARTED, note_batch)
     trainer.add_event_handler_at(2000, Events.ITERATION_COMPLETED, note_step)
     if stop is not None:
-        end = _cut_short if by == "exception" else _terminate
-        trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), end)
+        stop_run = _cut_short if by == "exception" else _terminate
+        trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), stop_run)
     if resume:
         rotation = next((h for h in trainer.handlers.values() if hasattr(h, "resume")), None)
         if rotation is None:

@@ -104,15 +104,21 @@ def check_optional_count(value: Any, argument: str, minimum: int = 1) -> int | N
     return None if value is None else check_count(value, argument, minimum)
 
 
+def as_float(value: Any) -> float:
+    """A number of Python or NumPy as a ``float``; NaN for anything else, including a bool."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
 def check_positive(value: Any, argument: str) -> float:
     """A number above 0, of Python or NumPy, as Python's; infinity is allowed.
 
     Raises:
         ValueError: if it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+    number = as_float(value)
+    if not number > 0:
         raise ValueError(f"{argument} must be a positive number, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_non_negative(value: Any, argument: str) -> float:
@@ -121,9 +127,10 @@ def check_non_negative(value: Any, argument: str) -> float:
     Raises:
         ValueError: if it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    number = as_float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{argument} must be a finite number of at least 0, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_choice(value: Any, argument: str, choices: Sequence[str]) -> None:

@@ -186,8 +186,8 @@ def latents_from(latent: Any, generator: nn.Module) -> Callable[[int, torch.devi
     """The function that draws latents: the user's own, or one that draws normal latents in the generator's dtype."""
     if callable(latent):
         return latent  # type: ignore[no-any-return]
-    sizes = [as_integer(size) for size in (latent if isinstance(latent, (tuple, list)) else (latent,))]
-    if not sizes or any(size is None or size < 1 for size in sizes):
+    sizes = [as_integer(size) or 0 for size in (latent if isinstance(latent, (tuple, list)) else (latent,))]
+    if not sizes or min(sizes) < 1:
         raise ValueError(
             f"latent must be a positive integer, a sequence of them, or a callable (n, device) -> tensor, got {latent!r}"
         )
