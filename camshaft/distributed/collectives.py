@@ -7,7 +7,6 @@ import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import ignite.distributed as idist
@@ -91,39 +90,47 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_rank_zero(action: Callable[[], Result]) -> Result:
-    """Runs an action on rank 0. Every rank must call it, gets the value, and raises the exception if there is one.
+    """Runs an action on rank 0 alone. Every rank must call it; all get the result, or raise an error if the action fails.
 
-    On the other ranks the exception has the same type if it can be pickled, and its text says that it comes from rank 0.
+    Args:
+        action: called without arguments; its result must be picklable.
+
+    Returns:
+        What the action returns.
+
+    Raises:
+        Exception: if the action fails, or its result cannot be pickled. Rank 0 raises the error itself. The other ranks raise
+            one of the same class, or of the closest base class that can be made from a text, and it names rank 0.
     """
     if world_size() == 1:
         return action()
-    value: Any = None
-    error: Exception | None = None
-    if rank() == 0:
-        try:
-            value = action()
-        except Exception as failure:
-            error = failure
-    value, sent = broadcast_object((value, _portable(error)))
-    try:
+    if rank() != 0:
+        result, error = pickle.loads(broadcast_object(None))
         if error is not None:
-            raise error
-        if sent is not None:
-            raise sent
-        return value  # type: ignore[no-any-return]
-    finally:
-        del error, sent  # their tracebacks refer to this frame
+            kind, text = error
+            raise kind(text)
+        return result  # type: ignore[no-any-return]
+    try:
+        result = action()
+        message = pickle.dumps((result, None))
+    except Exception as error:
+        broadcast_object(pickle.dumps((None, _error_for_other_ranks(error))))
+        raise
+    broadcast_object(message)
+    return result
 
 
-def _portable(error: Exception | None) -> Exception | None:
-    """An exception for other processes."""
-    if error is None:
-        return None
-    with suppress(Exception):
-        copy = type(error)(f"on rank 0: {error}")
-        pickle.loads(pickle.dumps(copy))
-        return copy
-    return RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
+def _error_for_other_ranks(error: Exception) -> tuple[type[Exception], str]:
+    """The class and the text of the error that the other ranks raise."""
+    text = f"{str(error) or type(error).__name__} (on rank 0)"
+    for kind in type(error).__mro__:
+        try:
+            pickle.dumps(kind)
+            if text in str(kind(text)):
+                return kind, text
+        except Exception:  # a local class cannot be pickled, and a class may need other arguments
+            continue
+    return RuntimeError, text
 
 
 def _wait(work: Any) -> None:

@@ -44,7 +44,9 @@ from camshaft import (
     load_weights,
     save_weights,
 )
+from camshaft.checkpoints.files import CheckpointError
 from camshaft.cudagraphs.wrap import CudaGraphExecution
+from camshaft.distributed.collectives import on_rank_zero
 from camshaft.distributed.failures import Failures
 from camshaft.engines.execution import EagerExecution
 
@@ -302,6 +304,47 @@ def penalised_critics() -> Any:
     called = error_of(lambda: gradient_penalty(fully_shard(first), torch.ones(4, 3), torch.zeros(4, 3)))
     mixed, plain = (players(wrap, DistributedDataParallel, penalty=R1()) for wrap in (fully_shard, DistributedDataParallel))
     return {"refused": refused, "called": called, "gap": furthest(mixed, plain)}
+
+
+# -- actions of rank 0 ----------------------------------------------------------------------------------------------------
+
+
+class LocatedError(ValueError):
+    """An error that is made from two arguments."""
+
+    def __init__(self, text: str, line: int) -> None:
+        super().__init__(f"{text} in line {line}")
+
+
+@scene
+def actions_on_rank_zero() -> Any:
+    """The result and the errors of actions, each followed by one that succeeds."""
+    ranks: list[int] = []
+
+    def act() -> dict[str, int]:
+        ranks.append(rank())
+        return {"rank": rank()}
+
+    def failing(error: Exception) -> str:
+        def action() -> None:
+            raise error
+
+        text = error_of(lambda: on_rank_zero(action))
+        return f"{text}, then {on_rank_zero(rank)}"
+
+    class LocalError(FileNotFoundError):
+        """An error that cannot be pickled."""
+
+    return {
+        "result": on_rank_zero(act),
+        "ran on": ranks,
+        "checkpoint": failing(CheckpointError("a.pt is damaged")),
+        "os": failing(OSError(28, "No space left on device", "a.pt")),
+        "local": failing(LocalError("no a.pt")),
+        "arguments": failing(LocatedError("a word", 3)),
+        "no text": failing(ValueError()),
+        "not picklable": error_of(lambda: on_rank_zero(lambda: lambda: None)),
+    }
 
 
 # -- what became of the others --------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ STORIES = {
         "penalised_critics",
         "graphs_of_several",
         "a_time_out_that_nobody_explains",
+        "actions_on_rank_zero",
     ),
     "lost": ("an_error_that_only_sounds_like_a_loss",),
 }
@@ -169,6 +170,37 @@ def test_a_split_critic_is_refused_a_penalty_and_a_split_generator_is_not(told):
             assert error.startswith("ValueError: penalty: the critic ")
             assert "Wrap the critic in DistributedDataParallel" in error
         assert seen["gap"] < 1e-12
+
+
+# -- actions of rank 0 ----------------------------------------------------------------------------------------------------
+
+
+def test_every_rank_gets_the_result_of_an_action_of_rank_zero(told):
+    first, second = found(told("more"), "actions_on_rank_zero")
+    assert first["result"] == second["result"] == {"rank": 0}
+    assert (first["ran on"], second["ran on"]) == ([0], [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "other"),
+    [
+        ("checkpoint", "CheckpointError: a.pt is damaged", "CheckpointError: a.pt is damaged"),
+        ("os", "OSError: [Errno 28] No space left on device: 'a.pt'", "OSError: [Errno 28] No space left on device: 'a.pt'"),
+        ("local", "LocalError: no a.pt", "FileNotFoundError: no a.pt"),
+        ("arguments", "LocatedError: a word in line 3", "ValueError: a word in line 3"),
+        ("no text", "ValueError: ", "ValueError: ValueError"),
+    ],
+)
+def test_every_rank_raises_the_error_of_an_action_of_rank_zero(told, kind, own, other):
+    first, second = found(told("more"), "actions_on_rank_zero")
+    assert first[kind] == f"{own}, then 0"
+    assert second[kind] == f"{other} (on rank 0), then 0"
+
+
+def test_a_result_that_cannot_be_pickled_is_an_error_on_every_rank(told):
+    first, second = found(told("more"), "actions_on_rank_zero")
+    assert "pickle" in first["not picklable"]
+    assert second["not picklable"] == f"{first['not picklable']} (on rank 0)"
 
 
 # -- what became of the others --------------------------------------------------------------------------------------------
