@@ -106,7 +106,7 @@ def check_optional_count(value: Any, argument: str, minimum: int = 1) -> int | N
 
 def as_float(value: Any) -> float:
     """A number of Python or NumPy as a ``float``; NaN for anything else, including a bool."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
 
 
 def check_positive(value: Any, argument: str) -> float:
