@@ -1,3 +1,3 @@
-"""Several processes: collectives, gradient synchronization, agreed decisions, failures."""
+"""Several processes: collectives, gradient synchronization, shared decisions, and failures of other ranks."""
 
 __all__: list[str] = []

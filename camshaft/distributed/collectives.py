@@ -1,4 +1,4 @@
-"""What several processes decide together and bring together, through ``torch.distributed``; a single one asks nobody."""
+"""Collectives over all ranks, on top of ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ __all__ = [
 Result = TypeVar("Result")
 
 _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-_last_work: list[Any] = []
+_recent_works: list[Any] = []
 
 
 def world_size() -> int:
-    """How many processes train together; 1 if no process group has been initialised."""
+    """The number of processes; 1 without a process group."""
     return int(idist.get_world_size()) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process; 0 without a process group."""
     return int(idist.get_rank()) if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files and draws bars: the first."""
+    """Whether this process is rank 0, which writes files and shows progress bars."""
     return rank() == 0
 
 
-# -- decisions, on the host -----------------------------------------------------------------------------------------------
+# -- objects and numbers, on the CPU --------------------------------------------------------------------------------------
 
 
 def host_group() -> Any:
-    """A group of all processes that speaks from host to host, so that a decision waits for no device."""
+    """A gloo group of all ranks: a decision sent through it waits for no kernel on a device."""
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
         return world
@@ -63,17 +63,14 @@ def host_group() -> Any:
 
 
 def all_reduce_max(values: Sequence[int]) -> list[int]:
-    """The largest of every process's number, one by one: what one of them wants, all of them know.
-
-    Every process must call it at the same moment, with as many numbers.
-    """
+    """The maximum over all ranks of each number. Every rank must call it with the same count of numbers."""
     numbers = torch.tensor(values, dtype=torch.int64)
     all_reduce(numbers, dist.ReduceOp.MAX, host_group())
     return [int(number) for number in numbers.tolist()]
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks: what ``all_gather_object`` does, with its end waited for."""
+    """The values of all ranks, in order; like torch's ``all_gather_object``, but safe at the end of the process."""
     own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     _wait(dist.all_gather(sizes, torch.tensor([len(own)]), group=host_group(), async_op=True))
@@ -85,7 +82,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The value of rank 0."""
+    """The value of rank 0. Every rank must call it; the values of the others are ignored."""
     return all_gather_object(value if rank() == 0 else None)[0]
 
 
@@ -134,19 +131,19 @@ def _error_for_other_ranks(error: Exception) -> tuple[type[Exception], str]:
 
 
 def _wait(work: Any) -> None:
-    """Waits for a transfer and keeps hold of it until the next one.
+    """Waits for a transfer, and keeps a reference to it until a few more have ended.
 
-    A thread of gloo may be the last to cleared a transfer. If Python is ending by then, as it is after a run's last one, the
-    process dies by SIGABRT with all its work done. So Python's end waits a moment for those threads, too.
+    Otherwise a thread of gloo may be the last one to release it. If the interpreter is shutting down at that moment, as after
+    the last transfer of a run, SIGABRT kills the process. For the same reason the interpreter waits half a second at exit.
     """
-    if not _last_work:
+    if not _recent_works:
         atexit.register(time.sleep, 0.5)
     work.wait()
-    _last_work[:] = [*_last_work[-3:], work]
+    _recent_works[:] = [*_recent_works[-3:], work]
 
 
 def until_rank_zero_is_exhausted(batches: Iterator[Any]) -> Iterator[Any]:
-    """Batches of unknown number, up to where the first process has no more."""
+    """The batches of this rank, of unknown number, until rank 0 has no more."""
     for batch in batches:
         if all_reduce_max([0])[0]:
             return
@@ -158,39 +155,40 @@ def until_rank_zero_is_exhausted(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-    """Puts the sum over all processes, or what else ``op`` says, in place of a tensor."""
+    """Replaces a tensor by its sum over all ranks, or by another reduction (``op``)."""
     _wait(dist.all_reduce(tensor, op, group=group, async_op=True))
 
 
 def all_reduce_mean(tensors: Iterable[torch.Tensor]) -> None:
-    """Puts the mean over all processes in place of each tensor, in one transfer per kind of tensor."""
-    for group in _alike(tensors):
+    """Replaces each tensor by its mean over all ranks, with one transfer per device and dtype."""
+    for group in _grouped_by_kind(tensors):
         if group[0].is_sparse:
             for tensor in group:
                 all_reduce(tensor)
                 tensor.div_(world_size())
             continue
-        flat = _flattened(group)
+        flat = _flatten(group)
         all_reduce(flat)
         _unflatten(flat.div_(world_size()), group)
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Puts rank 0's values in place of each tensor, in one transfer per kind of tensor."""
-    for group in _alike(tensors):
-        flat = _flattened(group)
+    """Replaces each tensor by that of rank 0, with one transfer per device and dtype."""
+    for group in _grouped_by_kind(tensors):
+        flat = _flatten(group)
         _wait(dist.broadcast(flat, src=0, async_op=True))
         _unflatten(flat, group)
 
 
-def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _grouped_by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Lists of tensors that can be sent together."""
     groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype, tensor.is_sparse), []).append(tensor)
     return list(groups.values())
 
 
-def _flattened(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
@@ -198,9 +196,3 @@ def _unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     with torch.no_grad():
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-# -- models ---------------------------------------------------------------------------------------------------------------
-
-
-# -- what became of the others --------------------------------------------------------------------------------------------

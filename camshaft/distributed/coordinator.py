@@ -103,7 +103,7 @@ class RankCoordinator(Coordinator):
             yield
         except BaseException as error:
             where = f"in epoch {trainer.state.epoch}, iteration {trainer.state.iteration}"
-            cause = self.failures.leave(error, where)
+            cause = self.failures.attribute(error, where)
             if cause is error:
                 raise
             raise cause from error

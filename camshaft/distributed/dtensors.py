@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part (DTensor)."""
+"""Sharded tensors (DTensor), of which each rank holds a part."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ __all__ = ["distribute_like", "full_tensor", "is_dtensor", "local_tensor"]
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a tensor of which each process holds a part of its own."""
+    """Whether a value is a sharded tensor."""
     return hasattr(tensor, "to_local")
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: a sharded one's own part, in the same memory."""
+    """This rank's part of a sharded tensor, in the same memory; any other tensor as it is."""
     part = getattr(tensor, "to_local", None)
     return tensor if part is None else part()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor: a sharded one's parts brought together, which every process must ask for."""
+    """A sharded tensor gathered from all ranks, each of which must call it; any other tensor as it is."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
 
 def distribute_like(tensor: Any, reference: Any) -> Any:
-    """A whole tensor as this process holds it where ``reference`` is sharded; anything else as it is."""
+    """A full tensor sharded like ``reference``; unchanged if ``reference`` is not sharded, or has another shape."""
     if not hasattr(reference, "placements") or not isinstance(tensor, torch.Tensor) or hasattr(tensor, "placements"):
         return tensor
     if tensor.shape != reference.shape:

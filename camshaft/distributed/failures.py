@@ -1,4 +1,4 @@
-"""What became of the other processes of a run."""
+"""Finds out which rank failed first when communication between the ranks breaks."""
 
 from __future__ import annotations
 
@@ -15,54 +15,53 @@ __all__ = ["Failures"]
 
 _runs = itertools.count()
 
-
 COMMUNICATION_ERROR = re.compile(
     r"\bgloo[/\\]|ProcessGroup(Gloo|NCCL)|\bNCCL (error|communicator|operation)|collective operation|monitoredBarrier"
 )
-"""What an error says that has come up between the processes: gloo's texts begin with the place in its source."""
+"""Texts of errors in communication between ranks. Those of gloo begin with a location in its source."""
 
-
-PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process|communicator was aborted", re.IGNORECASE)
-"""What such a one says where another process has left."""
-
+CONNECTION_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|remote process|communicator was aborted", re.IGNORECASE
+)
+"""Texts of communication errors after the end of another process."""
 
 SECONDS_TO_WAIT = 3.0
-"""For so many seconds a process that has lost another one asks what became of it."""
+"""How many seconds a rank waits, after a communication error, for another rank's report of its failure."""
 
 
 class Failures:
-    """Tells the processes of one run which of them has failed, and why: it is written down before that one leaves."""
+    """The failure of one run, shared by its ranks: a rank that fails reports why, and the others name it in their errors."""
 
     def __init__(self) -> None:
         self.key = f"camshaft/failure/{next(_runs)}"
         self.store = _store()
 
-    def leave(self, error: BaseException, where: str) -> BaseException:
-        """What a process raises that leaves a run by an exception; it waits for nobody.
+    def attribute(self, error: BaseException, where: str) -> BaseException:
+        """The exception that a rank must raise when its run fails. It waits at most a few seconds for other ranks.
 
         Args:
-            error: the exception.
-            where: the place in the run.
+            error: the exception that ended the run on this rank.
+            where: the epoch and iteration, such as ``"in epoch 1, iteration 4"``.
 
         Returns:
-            ``error`` itself, which is written down for the others; or if it came of another process's failure, a
-            ``RuntimeError`` that names that one.
+            ``error`` itself, which is reported to the other ranks. If the failure of another rank has caused it, a
+            ``RuntimeError`` that names that rank.
         """
-        found = self._read() if is_communication_error(error) else None
-        if found is None and is_communication_error(error) and PEER_GONE.search(str(error)):
-            found = "another process has left the run without a word (killed, or out of memory?)"
-        if found is None:
-            self._write(f"rank {rank()} failed {where}: {type(error).__name__}: {error}")
+        cause = self._read() if is_communication_error(error) else None
+        if cause is None and is_communication_error(error) and CONNECTION_LOST.search(str(error)):
+            cause = "another process ended without reporting an error (killed, or out of memory?)"
+        if cause is None:
+            self._report(f"rank {rank()} failed {where}: {type(error).__name__}: {error}")
             return error
-        named = RuntimeError(f"{found}; rank {rank()} can't continue without it, {where}")
-        named.__cause__ = error
-        return named
+        attributed = RuntimeError(f"{cause}; rank {rank()} can't continue without it, {where}")
+        attributed.__cause__ = error
+        return attributed
 
-    def _write(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         if self.store is not None:
             try:
                 self.store.compare_set(self.key, "", text)
-            except RuntimeError:  # the store has gone with the process that kept it
+            except RuntimeError:  # the process that holds the store has ended
                 self.store = None
 
     def _read(self) -> str | None:
@@ -78,13 +77,13 @@ class Failures:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether an error has come up between the processes, so that another one's failure may be behind it."""
+    """Whether an error came from communication between ranks, so that the failure of another rank may have caused it."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and COMMUNICATION_ERROR.search(str(error)) is not None
     )
 
 
 def _store() -> Any:
-    """The key-value store through which the processes have found each other."""
+    """The key-value store of the process group."""
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     return None if get is None else get()

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import camshaft.checkpoints.sharded_save
-import camshaft.distributed.collectives
+import camshaft.distributed.failures
 from camshaft import (
     R1,
     CheckpointRotation,
@@ -354,11 +354,11 @@ def actions_on_rank_zero() -> Any:
 def a_time_out_that_nobody_explains() -> Any:
     """The processes wait for each other in vain; then one of them hears what the other one has written down."""
     waited = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to complete")
-    camshaft.distributed.collectives.SECONDS_TO_WAIT = 0.1
+    camshaft.distributed.failures.SECONDS_TO_WAIT = 0.1
     failures = Failures()
-    own = failures.leave(waited, "in epoch 1") if rank() == 0 else None
+    own = failures.attribute(waited, "in epoch 1") if rank() == 0 else None
     shared(None)
-    theirs = failures.leave(waited, "in epoch 1") if rank() == 1 else None
+    theirs = failures.attribute(waited, "in epoch 1") if rank() == 1 else None
     return {"own": own is waited, "theirs": str(theirs)}
 
 

@@ -198,7 +198,7 @@ def test_an_exception_on_one_is_named_by_the_others(told, world):
 def test_a_process_that_is_killed_is_missed_by_the_other(told):
     out = told("killed", 2)
     error = torch.load(out / "killed_by_one-0.pt", weights_only=True)["error"]
-    assert "another process has left the run without a word" in error
+    assert "another process ended without reporting an error" in error
     assert not (out / "killed_by_one-1.pt").exists()
 
 
@@ -229,7 +229,7 @@ def test_gradients_travel_again_after_a_run_that_was_stopped_inside_a_window(tol
         ("a_model_that_is_not_wrapped", "2 processes train, but the model of phase 'model' is wrapped for one"),
         ("batches_of_other_number", "the number of batches"),
         ("a_handler_on_one_alone", "the attached handlers"),
-        ("a_wrapper_that_is_passed_by", "their gradients have not travelled"),
+        ("a_wrapper_that_is_passed_by", "their gradients were not reduced"),
         ("a_schedule_of_one_alone", "the learning rates of phase 'model' differ: [0.01"),
         ("unfrozen_after_wrapping", "unfreeze what will be trained, before you wrap it"),
     ],
