@@ -81,7 +81,8 @@ class GradNorms:
 
     def clear(self) -> None:
         """Forgets the norms, and releases the gradients."""
-        self._each, self._versions = None, []
+        if self._each is not None:
+            self._each, self._versions = None, []
 
     def _are_current(self, gradients: Sequence[torch.Tensor]) -> bool:
         """Whether the known norms are those of these gradients, and torch would compute them in one group."""

@@ -125,7 +125,7 @@ class Phase:
             self.restore_modes()
         if window.is_empty:
             self.zero_grad()
-            window.open(engine.batches_left(self))
+            window.open(engine, self)
         self.gradient_sync.before_forward(self, engine)
 
         prepared = self.prepare(engine, batch)
@@ -226,11 +226,11 @@ class Phase:
 
     def is_step_skipped(self) -> bool:
         """Whether the scaler or a handler skips the step. If any asks, the host waits for the device here, and only here."""
-        requests, self._skip_requests = self._skip_requests, []
-        overflows = self.overflows()
-        flags = [flag for flag, _ in requests] + overflows
-        if not flags:
+        overflows = self.precision.overflows(self.optimizers)
+        if not (overflows or self._skip_requests):
             return False
+        requests, self._skip_requests = self._skip_requests, []
+        flags = [flag for flag, _ in requests] + overflows
         stacked = torch.stack([flag.detach().to(flags[0].device, torch.float32) for flag in flags])
         verdicts = self.gradient_sync.max_over_ranks(stacked, overflows).tolist()
         for is_true, (_, then) in zip(verdicts, requests, strict=False):

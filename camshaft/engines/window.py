@@ -23,7 +23,7 @@ class Window:
     Example:
         >>> window = Window()
         >>> window.configure(4)
-        >>> window.open(left=2)  # the epoch has two batches left
+        >>> window.limit(left=2)  # the epoch has two batches left
         >>> window.length
         2
     """
@@ -74,8 +74,20 @@ class Window:
         """Whether the next batch fills the window."""
         return self.batches + 1 == self.length
 
-    def open(self, left: float) -> None:
-        """Starts a new window.
+    def open(self, engine: Any, phase: Any) -> None:
+        """Starts a new window, which is shorter if the data ends earlier.
+
+        Args:
+            engine: the trainer, which knows how many batches are left.
+            phase: the phase of this window.
+        """
+        if self.steps > 1:
+            self.limit(engine.batches_left(phase))
+        else:
+            self.is_open, self.length, self.weight, self.will_be_dropped = True, 1, 0.0, False
+
+    def limit(self, left: float) -> None:
+        """Starts a new window with at most this many batches.
 
         Args:
             left: the number of batches before the data ends; infinite if unknown.

@@ -22,7 +22,7 @@ INFINITE = float("inf")
 def window_of(steps, loss_weight="batch", partial="step", left=INFINITE):
     window = Window()
     window.configure(steps, loss_weight, partial)
-    window.open(left)
+    window.limit(left)
     return window
 
 
@@ -166,7 +166,7 @@ def test_an_open_window_keeps_its_settings():
     assert (window.length, window.steps, window.settings[0]) == (4, 4, 2)
     assert scale_losses(window, [8.0], [batch_of(3)]) == [2.0]
     window.reset()
-    window.open(INFINITE)
+    window.limit(INFINITE)
     assert (window.length, window.loss_weight) == (2, "samples")
 
 
