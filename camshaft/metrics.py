@@ -85,7 +85,7 @@ def check_mode(mode: str, metric: str | None) -> None:
     """
     check_choice(mode, "mode", ("min", "max"))
     if mode == "max" and isinstance(metric, str) and LESS_IS_BETTER.search(metric):
-        logger.warning("mode is 'max', so that the highest %r is the best; if less is better, use mode='min'", metric)
+        logger.warning("mode is 'max', so that the highest %r counts as the best; if less is better, use mode='min'", metric)
 
 
 def better(score: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
@@ -147,8 +147,8 @@ class MetricWatch:
         known = ", ".join(map(repr, metrics)) or "none"
         raise ValueError(
             f"{self.owner}: no metric named {self.metric!r} by the end of epoch {engine.state.epoch}; "
-            f"engine.state.metrics has {known}. Attach an Evaluation that computes it, or correct the name; where a handler of "
-            "your own writes it later, set it to NaN before the first epoch ends"
+            f"engine.state.metrics has {known}. Attach an Evaluation that computes it, or correct the name; if your own "
+            "handler writes it later, set it to NaN before the first epoch ends"
         )
 
     def check_at_end(self, engine: Any) -> None:
@@ -160,6 +160,6 @@ class MetricWatch:
         if self.metric not in engine.state.metrics and getattr(engine.state, "stop_reason", None) is None:
             known = ", ".join(map(repr, engine.state.metrics)) or "none"
             raise ValueError(
-                f"{self.owner}: no metric named {self.metric!r} in the whole run; engine.state.metrics has {known}. "
-                "Correct the name, or have it evaluated before the run ends"
+                f"{self.owner}: no metric named {self.metric!r} in this run; engine.state.metrics has {known}. "
+                "Correct the name, or attach an Evaluation that computes it before the run ends"
             )

@@ -18,6 +18,7 @@ __all__ = [
     "device_of",
     "freeze",
     "fsdp_modules",
+    "is_compiled",
     "is_sharded",
     "load_plain_state_dict",
     "matching",
@@ -213,6 +214,11 @@ def _set_trainable(model: nn.Module, patterns: tuple[str, ...], trainable: bool)
         if not trainable:
             parameter.grad = None
     return list(found)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a model or a part of it has been compiled by ``torch.compile`` or ``Module.compile``."""
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
 
 
 def ddp_wrapper(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:

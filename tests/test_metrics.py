@@ -126,5 +126,5 @@ def test_a_metric_that_no_evaluation_sets_raises_at_the_end_of_the_run():
     evaluator = create_evaluator(trainer.primary.module, metrics={"l": Loss(torch.nn.functional.mse_loss)})
     Evaluation(evaluator, batches(1), every=Events.EPOCH_COMPLETED(every=5)).attach(trainer)
     EarlyStopping("val/loss", mode="min").attach(trainer)
-    with pytest.raises(ValueError, match="no metric named 'val/loss' in the whole run; engine.state.metrics has 'val/l'"):
+    with pytest.raises(ValueError, match="no metric named 'val/loss' in this run; engine.state.metrics has 'val/l'"):
         trainer.run(batches(2), max_epochs=3)

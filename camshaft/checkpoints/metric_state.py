@@ -1,4 +1,4 @@
-"""Ignite's metrics attached to a trainer: an epoch that is resumed in its middle has them whole again."""
+"""Saves and restores Ignite's metrics that are attached to a trainer, so that a resumed epoch has them complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["metric_states", "restore_metrics"]
 
 
 def attached_metrics(engine: Engine) -> dict[str, Metric]:
-    """The metrics attached to an engine, by a number in order of attachment and their kind."""
+    """The metrics attached to an engine; each key is a number, in order of attachment, and the metric's class."""
     found: dict[int, Metric] = {}
     for entries in engine._event_handlers.values():
         for function, _, _ in entries:
@@ -26,7 +26,7 @@ def attached_metrics(engine: Engine) -> dict[str, Metric]:
 
 
 def metric_states(engine: Engine) -> dict[str, Any]:
-    """What each attached metric has gathered; ``None`` for one that can't say."""
+    """The accumulated state of each attached metric; ``None`` for one that does not save its state."""
     states: dict[str, Any] = {}
     for name, metric in attached_metrics(engine).items():
         try:
@@ -37,7 +37,7 @@ def metric_states(engine: Engine) -> dict[str, Any]:
 
 
 def restore_metrics(engine: Engine, states: Mapping[str, Any], in_mid_epoch: bool) -> None:
-    """Gives each attached metric back what it had gathered; one that can't take it is named as partial."""
+    """Restores the accumulated state of each attached metric; warns of those that do not save one."""
     partial = []
     for name, metric in attached_metrics(engine).items():
         if states.get(name) is None:
@@ -46,7 +46,7 @@ def restore_metrics(engine: Engine, states: Mapping[str, Any], in_mid_epoch: boo
             metric.load_state_dict(states[name])
     if partial and in_mid_epoch:
         warnings.warn(
-            f"resume: the metrics {', '.join(partial)} keep no state; in epoch {engine.state.epoch + 1} they cover only the "
-            "iterations since the resume",
+            f"resume: the metrics {', '.join(partial)} do not save their state; in epoch "
+            f"{engine.state.epoch + 1} they cover only the iterations since the resume",
             stacklevel=2,
         )

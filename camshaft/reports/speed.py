@@ -19,6 +19,7 @@ from camshaft.cudagraphs.graphs import CAPTURERS
 from camshaft.data.prefetch import Prefetch
 from camshaft.distributed.collectives import world_size
 from camshaft.distributed.dtensors import is_dtensor
+from camshaft.models import is_compiled
 from camshaft.optimizers import has_own_zero_grad
 from camshaft.protocols import PhaseLike, TrainerLike
 from camshaft.reports.timing import (
@@ -62,9 +63,9 @@ def speed_report(trainer: TrainerLike) -> str:
         else:
             suggested += [f"  {advice.suggestion}", f"      {advice.why}; {gain}"]
     enabled = ", ".join(dict.fromkeys(advice.suggestion for advice in found if advice.enabled))
-    lines = ["what would make this run faster:", *(suggested or ["  nothing that can be seen from here"]), *useless]
-    lines += [f"taken already: {enabled}"] if enabled else []
-    lines += ["not known before the first run: the data, and what its loader could do"] if data is None else []
+    lines = ["what would make this run faster:", *(suggested or ["  no suggestion"]), *useless]
+    lines += [f"enabled already: {enabled}"] if enabled else []
+    lines += ["the data is not known before the first run, so that nothing is suggested for its loader"] if data is None else []
     return "\n".join(lines)
 
 
@@ -91,8 +92,8 @@ def about_clearing(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:
     """A ``zero_grad`` that an optimizer overrides; otherwise the step clears gradients itself."""
     name = type(optimizer).__name__
     if has_own_zero_grad(optimizer):
-        why = f"{label}{name}.zero_grad is its own and is called for every step; let it set .grad to None, or take it out"
-        yield Advice("zero_grad(set_to_none=True)", why, "not measured: what it does isn't known")
+        why = f"{label}{name} overrides zero_grad, which is called for every step; let it set .grad to None, or remove it"
+        yield Advice("zero_grad(set_to_none=True)", why, "not measured: its effect is unknown")
 
 
 def about_kernel(optimizer: Optimizer, label: str = "") -> Iterator[Advice]:
@@ -120,7 +121,7 @@ def about_convolutions(trainer: TrainerLike, phase: PhaseLike, label: str) -> It
         weights = [weight for weight in kernels(phase.module) if weight.dim() == dimensions]
         suggestion = f"model.to(memory_format={layout})"
         if not all(weight.is_contiguous(memory_format=layout) for weight in weights):
-            why = f"{label}its convolutions ({len(weights)} on {phase.device.type}) have their channels first"
+            why = f"{label}its convolutions ({len(weights)} on {phase.device.type}) are in the channels-first format"
             change = lambda module, layout=layout: module.to(memory_format=layout)  # noqa: E731
             yield Advice(suggestion, why, lambda change=change: time_passes(trainer.state, phase, change))  # type: ignore[misc]
         elif not all(weight.is_contiguous() for weight in weights):  # a kernel of one by one is laid out both ways
@@ -139,7 +140,7 @@ def about_precision(trainer: TrainerLike, phase: PhaseLike, label: str) -> Itera
         name = str(phase.precision.dtype).removeprefix("torch.")
         yield Advice(f"{label}mixed precision in {name}", enabled=True)
     elif has_matrices(phase.module) and is_quick_at_bf16(phase.device):
-        why = f"{label}float32 throughout, on a device that has bfloat16; rounding changes"
+        why = f"{label}everything is in float32, but the device supports bfloat16; results are rounded differently"
         measure = lambda: time_passes(trainer.state, phase, dtype=torch.bfloat16)  # noqa: E731
         yield Advice('MixedPrecision("bf16").attach(trainer)', why, measure)
 
@@ -159,27 +160,27 @@ def is_quick_at_bf16(device: torch.device) -> bool:
 
 def about_compiling(phase: PhaseLike, label: str) -> Iterator[Advice]:
     """``torch.compile`` if there is a compiler and the network can go through it."""
-    parts, suggestion = list(phase.module.modules()), "torch.compile(model)"
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
+    suggestion = "torch.compile(model)"
+    if is_compiled(phase.module):
         yield Advice(suggestion, enabled=True)
         return
-    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in parts)
+    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in phase.module.modules())
     penalized = phase.objective.has_penalties  # a second derivative can't be compiled
     if not scripted and not penalized and has_compiler(phase.device):
-        why = f"{label}{type(phase.module).__name__} runs one operation at a time; before the optimizer is made"
+        why = f"{label}{type(phase.module).__name__} runs one operation at a time; compile it before you make the optimizer"
         yield Advice(suggestion, why, "not measured: compiling takes longer than many steps")
 
 
 def about_capture(phase: PhaseLike) -> Iterator[Advice]:
-    """CUDA graphs, where ``create_trainer`` has made the phase."""
+    """CUDA graphs, if ``create_trainer`` has made the phase."""
     if phase.objective.can_be_captured and phase.device.type in CAPTURERS and world_size() == 1:
-        why = "each operation of a step is launched by itself; for batches of one shape"
+        why = "each operation of a step is launched separately; for batches of one shape"
         not_measured = "not measured: capturing takes longer than many steps"
         yield Advice("create_trainer(..., capture=True)", why, not_measured, bool(phase.execution.describe()))
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether what ``torch.compile`` needs is installed."""
+    """Whether the compiler that ``torch.compile`` needs is installed."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return device.type == "cpu" and any(shutil.which(os.environ.get("CXX", name)) for name in ("g++", "clang++"))
@@ -210,11 +211,11 @@ def about_data(data: Any, device: torch.device, non_blocking: bool, epochs: int 
     if device.type != "cuda" or data is None:
         return
     if isinstance(loader, DataLoader):
-        why = "batches come in memory that isn't pinned, so that each copy to the GPU waits"
+        why = "batches are in memory that is not pinned, so that the step waits for each copy to the GPU"
         yield Advice("DataLoader(..., pin_memory=True)", why, enabled=bool(loader.pin_memory))
         if loader.pin_memory and not non_blocking:
-            yield Advice("non_blocking=True", "batches are pinned, but the copy to the GPU waits all the same")
-    yield Advice("Prefetch(loader, device)", "a batch is copied when its step begins", enabled=prefetched)
+            yield Advice("non_blocking=True", "batches are pinned, but the step still waits for each copy to the GPU")
+    yield Advice("Prefetch(loader, device)", "each batch is copied only when its step begins", enabled=prefetched)
 
 
 def about_workers(loader: DataLoader[Any], epochs: int | None) -> Iterator[Advice]:
@@ -222,7 +223,7 @@ def about_workers(loader: DataLoader[Any], epochs: int | None) -> Iterator[Advic
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if loader.num_workers == 0:
         if cores > 1 and not isinstance(loader.dataset, IterableDataset):  # each worker would return all of its samples
-            why = "each batch is made by the process that trains, while the step waits"
+            why = "each batch is loaded by the training process, while the step waits"
             measure = "not measured: that would draw from your data; see Ignite's BasicTimeProfiler"
             yield Advice(f"DataLoader(..., num_workers={min(cores - 1, 4)})", why, measure)
         return
@@ -241,15 +242,15 @@ def about_process(device: torch.device, modules: Sequence[nn.Module]) -> Iterato
     """Settings of the whole process, which a measurement must not change."""
     not_measured = "not measured: a setting of the whole process"
     if torch.is_anomaly_enabled():
-        why = "every operation is noted and every gradient looked at, to find a NaN"
+        why = "every operation is recorded and every gradient is checked for NaN"
         yield Advice("torch.autograd.set_detect_anomaly(False)", why, not_measured)
     if device.type != "cuda" or torch.version.hip:
         return
     if torch.cuda.get_device_capability(device) >= (8, 0) and any(has_matrices(module) for module in modules):
-        why = "float32 matrices are multiplied without tensor cores; rounding changes"
+        why = "float32 matrices are multiplied without tensor cores; results are rounded differently"
         yield Advice('torch.set_float32_matmul_precision("high")', why, not_measured, not is_in_full_float32())
     if any(kernels(module) for module in modules) and not torch.are_deterministic_algorithms_enabled():
-        why = "convolutions take the first algorithm that fits; for batches of one shape"
+        why = "convolutions use a heuristic choice of algorithm, not the fastest one; for batches of one shape"
         if not torch.backends.cudnn.deterministic:
             yield Advice("torch.backends.cudnn.benchmark = True", why, not_measured, torch.backends.cudnn.benchmark)
 

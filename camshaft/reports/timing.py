@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from camshaft.distributed.collectives import world_size
 from camshaft.distributed.dtensors import is_dtensor
-from camshaft.models import unwrap
+from camshaft.models import is_compiled, unwrap
 from camshaft.protocols import PhaseLike
 from camshaft.pytree import map_tensors, tensors
 from camshaft.rng import preserve_rng_state
@@ -69,15 +69,18 @@ Measure = Callable[[], "Speedup | str"]
 
 
 def measured(measure: Measure | str) -> Speedup | str:
-    """The speed-up, or in words why it is unknown. Random generators do not move, and an error on a copy does not end a run."""
+    """The speed-up, or the reason why it is unknown.
+
+    The random generators keep their states, and an error on a copy does not end a run.
+    """
     if isinstance(measure, str):
         return measure
     if world_size() > 1:
-        return "not measured: several processes train, and none may wait for another here"
+        return "not measured: with several processes, the others would wait for this one"
     try:
         with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
             return measure()
-    except Exception as error:  # out of memory, or a network that can't be copied or changed: the text says which
+    except Exception as error:  # out of memory, or a network that can't be copied or changed
         return f"not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.120}"
 
 
@@ -202,19 +205,21 @@ def time_passes(
         return inputs
     if unwrap(module) is not module or any(is_dtensor(p) for p in module.parameters()):
         return f"not measured: the network is wrapped ({type(module).__name__})"
+    if is_compiled(module):
+        return "not measured: parts of the network are compiled, and a change would compile them again"
     parts = [*module.modules(), module_hooks]
     if any(getattr(part, name, None) for part in parts for name in (*HOOKS, *(f"_global{hook}" for hook in HOOKS))):
-        return "not measured: there are hooks on the network, which its copies would call"
+        return "not measured: the network has hooks, which its copies would call"
     own = phase.precision.dtype
     baseline = round_trip(copy.deepcopy(module), inputs, phase.device, own)
     return paired(baseline, round_trip(change(copy.deepcopy(module)), inputs, phase.device, dtype or own), phase.device)
 
 
 def inputs_of(state: Any, phase: PhaseLike) -> Sequence[Any] | str:
-    """Copies of the arguments of the network's last call; or in words why they are unknown."""
+    """Copies of the arguments of the network's last call; or the reason why they are unknown."""
     inputs = phase.objective.inputs(state)
     if inputs is None:
-        return "not measured: only its objective knows how the network is called"
+        return "not measured: only the objective knows the arguments of the network"
     if inputs[0] is None:
         return "not measured: no batch has been seen yet"
     return [map_tensors(lambda tensor: tensor.detach().clone(), part) for part in inputs]

@@ -150,4 +150,4 @@ def test_explain_shows_what_is_captured():
 
 def test_the_speed_report_suggests_capture():
     assert "create_trainer(..., capture=True)\n      each operation of a step" in trainer_of().explain(speed=True)
-    assert "create_trainer(..., capture=True)" in trainer_of(capture=True).explain(speed=True).split("taken already:")[1]
+    assert "create_trainer(..., capture=True)" in trainer_of(capture=True).explain(speed=True).split("enabled already:")[1]

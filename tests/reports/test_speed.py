@@ -33,8 +33,8 @@ def advice_about(word, text):
 
 
 def already_enabled(text):
-    line = next((line for line in text.splitlines() if line.startswith("taken already: ")), "")
-    return re.split(r", (?!\w+=)(?!\.)", line.removeprefix("taken already: "))
+    line = next((line for line in text.splitlines() if line.startswith("enabled already: ")), "")
+    return re.split(r", (?!\w+=)(?!\.)", line.removeprefix("enabled already: "))
 
 
 def suggestions(advice):
@@ -113,7 +113,7 @@ class OverridesZeroGrad(torch.optim.SGD):
 def test_an_overridden_zero_grad_is_reported():
     model = linear()
     text = speed_report(trainer_of(model, OverridesZeroGrad(model.parameters(), lr=0.1)))
-    assert "OverridesZeroGrad.zero_grad" in advice_about("zero_grad(set_to_none=True)", text)
+    assert "OverridesZeroGrad overrides zero_grad" in advice_about("zero_grad(set_to_none=True)", text)
 
 
 def test_the_default_zero_grad_is_not_reported():
@@ -146,7 +146,7 @@ def test_channels_last_is_not_measured_with_a_custom_objective():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     trainer = create_trainer(model, sgd(model), None, compute_loss=lambda model, batch: model(batch).mean())
     trainer.run([torch.randn(2, 3, 5, 5)])
-    assert "only its objective knows how the network is called" in advice_about(CHANNELS_LAST, speed_report(trainer))
+    assert "only the objective knows the arguments of the network" in advice_about(CHANNELS_LAST, speed_report(trainer))
 
 
 def test_enabled_channels_last_is_not_suggested():
@@ -185,11 +185,20 @@ def test_compiling_a_compiled_network_is_not_suggested():
     assert "torch.compile(model)" in already_enabled(speed_report(trainer_of(torch.compile(model, backend="eager"), optimizer)))
 
 
+def test_a_network_with_compiled_parts_is_not_measured():
+    trainer = picture_trainer()
+    trainer.run(DataLoader(picture_data(), 4))
+    trainer.primary.module[0].compile(backend="eager")
+    text = speed_report(trainer)
+    assert "torch.compile(model)" in already_enabled(text)
+    assert "parts of the network are compiled" in advice_about(CHANNELS_LAST, text)
+
+
 def test_a_network_with_hooks_is_not_copied():
     trainer, called = picture_trainer(), []
     trainer.run(DataLoader(picture_data(), 4))
     trainer.primary.module[0].register_forward_hook(lambda *_: called.append(1))
-    assert "there are hooks on the network" in advice_about(CHANNELS_LAST, speed_report(trainer))
+    assert "the network has hooks" in advice_about(CHANNELS_LAST, speed_report(trainer))
     assert called == []
 
 
@@ -213,7 +222,7 @@ def test_a_wrapped_network_is_not_measured():
     assert "the network is wrapped (DataParallel)" in advice_about(CHANNELS_LAST, speed_report(trainer))
 
 
-UNKNOWN_DATA = "not known before the first run: the data, and what its loader could do"
+UNKNOWN_DATA = "the data is not known before the first run, so that nothing is suggested for its loader"
 
 
 def test_before_the_first_run_the_data_is_unknown():
@@ -345,5 +354,5 @@ def test_nothing_is_measured_with_several_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
-    assert "not measured: several processes train" in advice_about("torch.optim.SGD(..., fused=True)", done.stdout)
+    assert "not measured: with several processes" in advice_about("torch.optim.SGD(..., fused=True)", done.stdout)
     assert "times as fast" not in done.stdout

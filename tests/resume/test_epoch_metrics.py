@@ -48,5 +48,5 @@ def test_metrics_of_a_resumed_epoch_are_complete(tmp_path, metric):
 
 
 def test_a_metric_without_a_state_gives_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match="the metrics StatelessMetric keep no state; in epoch 2 they cover only"):
+    with pytest.warns(UserWarning, match="the metrics StatelessMetric do not save their state; in epoch 2 they cover only"):
         assert resumed(tmp_path, StatelessMetric) == 6
