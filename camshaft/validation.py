@@ -19,6 +19,7 @@ from camshaft.models import device_of, plain_named_parameters
 from camshaft.pytree import describe
 
 __all__ = [
+    "add_note",
     "as_integer",
     "bad_loss",
     "check_choice",
@@ -257,3 +258,10 @@ def no_gradients(source: str) -> RuntimeError:
         f"{source} trains nothing: after its backward pass no parameter of the optimizer has a gradient. Compute it from the "
         "model that the optimizer was made for"
     )
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a note to an exception, once. Python 3.10 keeps it but does not print it."""
+    notes = getattr(error, "__notes__", [])
+    if note not in notes:
+        vars(error)["__notes__"] = [*notes, note]

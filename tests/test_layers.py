@@ -21,7 +21,7 @@ LAYERS = [
     ["camshaft.engines.phase"],
     ["camshaft.engines.evaluator"],
     ["camshaft.engines.window", "camshaft.engines.execution", "camshaft.engines.loop"],
-    ["camshaft.engines.fire"],
+    ["camshaft.engines.fire", "camshaft.engines.data_length"],
     ["camshaft.reports", "camshaft.cudagraphs", "camshaft.checkpoints", "camshaft.gan"],
     ["camshaft.distributed"],
     ["camshaft.protocols"],

@@ -45,9 +45,9 @@ class Coordinator:
         if trainer.state.stop_reason is None:
             trainer.state.stop_reason = reason
 
-    def terminate_epoch(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    def terminate_epoch(self, trainer: Any, skip_completed: bool) -> None:
         """Ends the epoch after the current event."""
-        Engine.terminate_epoch(trainer, *args, **kwargs)
+        Engine.terminate_epoch(trainer, skip_completed)
 
     def interrupt(self, trainer: Any) -> None:
         """Interrupts the run after the current event."""
@@ -135,12 +135,12 @@ class RankCoordinator(Coordinator):
         self.stop_reason = self.stop_reason or reason
         self.skip_completed = self.skip_completed or skip_completed
 
-    def terminate_epoch(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    def terminate_epoch(self, trainer: Any, skip_completed: bool) -> None:
         """Requests the end of the epoch."""
         if trainer.is_running:
             self.epoch_end = True
         else:
-            super().terminate_epoch(trainer, *args, **kwargs)
+            super().terminate_epoch(trainer, skip_completed)
 
     def interrupt(self, trainer: Any) -> None:
         """Requests an interruption."""

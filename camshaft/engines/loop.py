@@ -12,12 +12,12 @@ from typing import Any
 
 from ignite.engine import Engine, Events, RemovableEventHandle, State
 from ignite.engine.engine import _EngineTerminateException, _EngineTerminateSingleEpochException
-from torch.utils.data import DataLoader, IterableDataset
 
-from camshaft.checkpoints.data_position import length_of
+from camshaft.engines.data_length import check_not_longer, check_not_shorter, pass_length
 from camshaft.engines.fire import Fire, FireEvent, no_handlers
 from camshaft.events import FilteredHandler, Priority, check_takes_engine, split
 from camshaft.handler import handlers_of, stop
+from camshaft.validation import add_note
 
 __all__ = ["LoopEngine", "no_handlers"]
 
@@ -143,9 +143,15 @@ class LoopEngine(Engine):
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         self.last_event_name = event_name
-        handlers = self._compiled.get(event_name if type(event_name) is str else event_name._name_)
+        name = event_name if type(event_name) is str else event_name._name_
+        handlers = self._compiled.get(name)
         if handlers is None:
             handlers = self._compile(event_name)
+        self._run_handlers(handlers, event_name, event_args, event_kwargs)
+        if self._compiled.get(name) is not handlers:
+            self._run_added_handlers(handlers, event_name, event_args, event_kwargs)
+
+    def _run_handlers(self, handlers: Any, event_name: Any, event_args: Any, event_kwargs: Any) -> None:
         clock = None
         for function, takes_engine, args, kwargs, every, test in handlers:
             if test is not None:
@@ -157,6 +163,16 @@ class LoopEngine(Engine):
                 function(self, *event_args, *args, **kwargs, **event_kwargs)
             else:
                 function(*event_args, *args, **kwargs, **event_kwargs)
+
+    def _run_added_handlers(self, known: Any, event_name: Any, event_args: Any, event_kwargs: Any) -> None:
+        """Runs the handlers that have been added to an event while it fired, as Ignite does."""
+        while True:
+            latest = self._compile(event_name) if event_name in self._event_handlers else ()
+            added = tuple(handler for handler in latest if handler not in known)
+            if not added:
+                return
+            known += added
+            self._run_handlers(added, event_name, event_args, event_kwargs)
 
     def _handle_exception(self, e: BaseException) -> None:
         """Runs every ``EXCEPTION_RAISED`` handler, then raises the exception again."""
@@ -197,6 +213,10 @@ class LoopEngine(Engine):
         for handler in handlers_of(self).values():
             handler.release_engine()
 
+    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
+        """Ends the epoch after the current event, as Ignite does."""
+        super().terminate_epoch(skip_epoch_completed is True)  # as a handler it is given the engine
+
     def _internal_run_legacy(self) -> State:
         """Runs the one loop there is: Ignite's loop without interruption is not used."""
         return self._internal_run()
@@ -214,7 +234,7 @@ class LoopEngine(Engine):
         self._init_iter = None
         self.epoch_iteration = position
         has_data = state.dataloader is not None
-        pass_length = self._pass_length()
+        longest_pass = pass_length(state)
         restarted = False
         try:
             while state.epoch_length is None or position < state.epoch_length:
@@ -232,8 +252,8 @@ class LoopEngine(Engine):
                     continue
                 state.output = None
                 self.fetched += 1
-                if self.fetched > pass_length:
-                    self._check_pass_length()
+                if self.fetched > longest_pass:
+                    check_not_longer(state, self.fetched)
                 if has_data:
                     fire.get_batch_completed()
                     if self.has_request:
@@ -271,11 +291,7 @@ class LoopEngine(Engine):
         if restarted:
             self._warn_of_missing_data()
             return False
-        if 0 < self.fetched < self._pass_length() < float("inf"):
-            raise RuntimeError(
-                f"the data ended after {self.fetched} batches, but its length is {self._pass_length()}: either its __len__ is "
-                "wrong, or a StopIteration has come out of the dataset. Correct it, or give run() the epoch_length"
-            )
+        check_not_shorter(self.state, self.fetched)
         if self.state.dataloader is not None:
             self.fire.dataloader_stop_iteration()
             yield from self._maybe_terminate_or_interrupt()
@@ -285,21 +301,6 @@ class LoopEngine(Engine):
     def _setup_dataloader_iter(self) -> None:
         super()._setup_dataloader_iter()
         self.fetched = 0
-
-    def _pass_length(self) -> float:
-        """The number of batches in a pass over the data; infinite if unknown, or if an epoch has another length."""
-        length = length_of(self.state.dataloader)
-        return float("inf") if length is None or length != self.state.epoch_length else length
-
-    def _check_pass_length(self) -> None:
-        """Raises ``RuntimeError`` if the data returns more batches than its length."""
-        data = self.state.dataloader
-        is_sharded_by_workers = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
-        if self.fetched > self._pass_length() and not is_sharded_by_workers:  # whose length can only be an estimate
-            raise RuntimeError(
-                f"the data returns more batches than its length, {self._pass_length()}: the next epoch would start in the "
-                "middle of it. Correct its __len__, or give run() the epoch_length"
-            )
 
     @property
     def has_request(self) -> bool:
@@ -332,10 +333,3 @@ class LoopEngine(Engine):
             f"Current iteration: {state.iteration} vs Total iterations to run : {total}",
             stacklevel=2,
         )
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Adds a note to an exception, once. Python 3.10 keeps it but does not print it."""
-    notes = getattr(error, "__notes__", [])
-    if note not in notes:
-        vars(error)["__notes__"] = [*notes, note]

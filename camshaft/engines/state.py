@@ -40,6 +40,19 @@ class TrainerState(State):
         self.losses: dict[str, Any] = {}
         """The named losses that the objectives return, detached."""
 
+    @classmethod
+    def adopt(cls, state: State) -> TrainerState:
+        """A state as it is, or a user's ``State()`` with the fields that a trainer needs."""
+        if isinstance(state, cls):
+            return state
+        adopted = cls()
+        for name, value in vars(state).items():
+            setattr(adopted, name, value)
+        return adopted
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(f"_metrics: {type(self._metrics)}", f"metrics: {dict(self._metrics)}")
+
     @property
     def metrics(self) -> Metrics:
         """Evaluation results under ``"<prefix>/<metric>"``."""

@@ -75,7 +75,6 @@ class Trainer(LoopEngine):
         self.coordinator = Coordinator()
         """Carries out requests to stop or to save; with several processes, together with the other ranks."""
         self.last_batch: Any = None
-        """The latest batch, for the turns of the followers."""
         self.exit_code: int | None = None
         """The exit code of the process when the run has ended, set by a handler that was asked to end it."""
         self.output = output
@@ -105,6 +104,7 @@ class Trainer(LoopEngine):
             RuntimeError: if the run ends without one optimizer step made or skipped.
             ValueError: if a number is out of range, or the data is not that of the checkpoint.
         """
+        self.state = TrainerState.adopt(self.state)
         max_epochs = check_optional_count(max_epochs, "max_epochs")
         max_iters = check_optional_count(max_iters, "max_iters")
         epoch_length = check_optional_count(epoch_length, "epoch_length")
@@ -184,12 +184,12 @@ class Trainer(LoopEngine):
         reason = reason or f"terminate() was called in epoch {self.state.epoch}, iteration {self.state.iteration}"
         self.coordinator.terminate(self, reason, skip_completed is True)  # as a handler it is given the engine
 
-    def terminate_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
         """Ends the epoch after the current event, as Ignite does."""
-        self.coordinator.terminate_epoch(self, *args, **kwargs)
+        self.coordinator.terminate_epoch(self, skip_epoch_completed is True)
 
     def interrupt(self) -> None:
-        """Interrupts the run after the present iteration, as Ignite does; the next :meth:`run` continues there."""
+        """Interrupts the run after this iteration, as Ignite does; the next :meth:`run` continues there."""
         self.coordinator.interrupt(self)
 
     # -- the iteration ------------------------------------------------------------------------------------------------
