@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -19,34 +20,41 @@ __all__ = [
     "CheckpointError",
     "MANIFEST",
     "TEMP_PREFIX",
+    "check_name_lengths",
     "checksum",
     "remove",
     "remove_temporary_files",
     "save_durably",
     "sync_folder",
+    "temporary_name",
     "write_durably",
 ]
 
 TEMP_PREFIX = ".camshaft-"
-"""What the names of temporary files begin with."""
+"""The prefix of the names of temporary files and folders; their suffix is ``.tmp``."""
+
+REMOVED = ".removed"
+"""In the name of a temporary folder: it is a checkpoint that is being deleted."""
 
 CHECKSUM_TAG = b"camshaft crc32 "
-"""What a sealed file's zip comment begins with; eight hexadecimal digits follow."""
-
+"""The prefix of the zip comment that :func:`save_durably` adds; eight hexadecimal digits follow."""
 
 MANIFEST = "checkpoint.pt"
-"""Of a checkpoint that is a folder, the file that lists the others."""
+"""The file in a sharded checkpoint that lists its other files. It is written last."""
+
+NAME_LIMIT = 255
+"""The longest name, in bytes, that the usual file systems allow."""
 
 
 class CheckpointError(RuntimeError):
-    """A file that exists and can't be used, or does not exist; the text says why."""
+    """A checkpoint cannot be used; the text names the file and says why."""
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> int:
-    """Puts a file in place so that neither a kill nor a power cut leaves half of it.
+    """Writes a file so that neither a kill nor a power cut leaves an incomplete one.
 
     The order is: a temporary file in the same folder, flush, fsync, rename, fsync of the folder. A failure removes the
-    temporary file and leaves what was at ``path`` before.
+    temporary file and leaves the previous content of ``path``.
 
     Args:
         path: the file; its folder must exist.
@@ -56,8 +64,9 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> int:
         The number of bytes written.
 
     Raises:
-        OSError: as the file system raises it.
+        OSError: as the file system raises it, or if the file's name is too long.
     """
+    check_name_lengths(path)
     descriptor, temporary = tempfile.mkstemp(prefix=TEMP_PREFIX, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -75,6 +84,15 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> int:
     return size
 
 
+def check_name_lengths(path: Path) -> None:
+    """Raises ``OSError`` if a part of a path is longer than file systems allow."""
+    for part in path.parts:
+        size = len(os.fsencode(part))
+        if size > NAME_LIMIT:
+            message = f"the name {part[:20] + '...'!r} has {size} bytes, and at most {NAME_LIMIT} are allowed"
+            raise OSError(errno.ENAMETOOLONG, message, str(path))
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -82,7 +100,7 @@ def _umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the folder's entries (a rename, a removal) reach the disk; a file system that can't is passed over."""
+    """Flushes a folder's entries (a rename, a removal) to the disk, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -91,11 +109,16 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-class _ChecksumWriter:
-    """A binary file that sums what is written and ends it with a zip comment that holds the sum.
+def temporary_name(name: str, kind: str = "") -> str:
+    """A new name for a temporary file or folder, which contains the name of the checkpoint it belongs to."""
+    return f"{TEMP_PREFIX}{name}.{os.urandom(4).hex()}{kind}.tmp"
 
-    ``torch.save`` writes a zip, whose last two bytes are the length of a comment that it leaves empty. They are held back,
-    so that :meth:`seal` can put a comment there: readers of zips pass over it, and any changed bit is found.
+
+class _ChecksumWriter:
+    """A binary file that computes a checksum of everything written, and ends with a zip comment that holds it.
+
+    ``torch.save`` writes a zip file, whose last two bytes are the length of an empty comment. They are held back so that
+    :meth:`finish` can add a comment. Readers of zip files ignore it, and it reveals any changed bit.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -105,9 +128,9 @@ class _ChecksumWriter:
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if len(view) < 2:
-            held = self.tail + bytes(view)
-            self._put(held[:-2])
-            self.tail = held[-2:]
+            pending = self.tail + bytes(view)
+            self._put(pending[:-2])
+            self.tail = pending[-2:]
         else:
             self._put(self.tail)
             self._put(view[:-2])
@@ -120,14 +143,14 @@ class _ChecksumWriter:
         self.crc32 = zlib.crc32(data, self.crc32)
         try:
             self.file.write(data)
-        except OSError as error:  # torch's zip writer would put a RuntimeError of its own in its place
+        except OSError as error:  # torch's zip writer would replace it with a RuntimeError of its own
             self.error = error
 
     def flush(self) -> None:
-        """Nothing yet: the whole is flushed when it is sealed."""
+        """Does nothing: the complete file is flushed later."""
 
-    def seal(self) -> None:
-        """Ends the file; an error of the file system in any write comes out here."""
+    def finish(self) -> None:
+        """Ends the file; raises the first ``OSError`` of any write."""
         self._put(struct.pack("<H", len(CHECKSUM_TAG) + 8))
         self._put(CHECKSUM_TAG + b"%08x" % self.crc32)
         if self.error is not None:
@@ -135,7 +158,7 @@ class _ChecksumWriter:
 
 
 def save_durably(content: Any, path: Path) -> int:
-    """``torch.save`` through :func:`write_durably`, sealed with a checksum of the whole file.
+    """``torch.save`` through :func:`write_durably`, with a checksum of the complete file at its end.
 
     Args:
         content: tensors and plain values.
@@ -143,12 +166,15 @@ def save_durably(content: Any, path: Path) -> int:
 
     Returns:
         The number of bytes written.
+
+    Raises:
+        OSError: as the file system raises it, or if the file's name is too long.
     """
 
     def write(file: BinaryIO) -> None:
-        sealed = _ChecksumWriter(file)
-        torch.save(content, cast(BinaryIO, sealed))
-        sealed.seal()
+        checked = _ChecksumWriter(file)
+        torch.save(content, cast(BinaryIO, checked))
+        checked.finish()
 
     return write_durably(path, write)
 
@@ -163,18 +189,24 @@ def checksum(path: Path) -> int:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes the temporary files and folders that killed saves have left in a folder."""
+    """Removes the temporary files and folders that interrupted saves have left in a folder."""
     for path in folder.glob(f"{TEMP_PREFIX}*.tmp"):
         with suppress(OSError):
-            remove(path)
+            _delete(path)
 
 
 def remove(path: Path) -> None:
-    """Deletes a file that may be gone already, or a folder, which first gets a name that tells that it isn't whole."""
-    if path.is_dir():
-        litter = path if path.name.startswith(TEMP_PREFIX) else path.parent / f"{TEMP_PREFIX}{path.name}.old.tmp"
-        if litter != path:
-            os.replace(path, litter)
-        shutil.rmtree(litter)
+    """Deletes a checkpoint, which may not exist. A folder is renamed first, so that no incomplete one keeps the name."""
+    if path.is_dir() and not path.is_symlink():
+        removed = path.parent / temporary_name(path.name, REMOVED)
+        os.replace(path, removed)
+        path = removed
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file or a folder. Of a symbolic link, only the link is deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,32 +1,42 @@
-"""Which checkpoints a folder holds, in what order they were written, and which of them are kept."""
+"""Which checkpoints a folder holds, and in which order they were saved."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from time import time_ns
 from typing import Any, NamedTuple
 
 from camshaft.checkpoints.file_load import load_checked
 from camshaft.checkpoints.files import MANIFEST, CheckpointError, write_durably
-from camshaft.checkpoints.names import step_of
+from camshaft.checkpoints.names import EARLIEST_TIME, step_of
+from camshaft.checkpoints.recovery import complete_copies
+from camshaft.validation import join_names
 
-__all__ = ["Entry", "INDEX", "Index", "best_first", "read_index", "retained"]
+__all__ = ["INDEX", "Entry", "Index", "read_index"]
 
 logger = logging.getLogger("camshaft")
 
 INDEX = "checkpoints.json"
 
+SHOWN = 5
+"""The number of names that a warning lists."""
+
 
 @dataclass
 class Entry:
-    """One checkpoint in the index."""
+    """One checkpoint in the index.
+
+    Raises:
+        ValueError: if a field has a wrong type or range, or the name is not that of a checkpoint of this step.
+    """
 
     file: str
     optimizer_step: int
@@ -35,132 +45,205 @@ class Entry:
     score: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     time: str = ""
-    written: int = field(default_factory=time_ns)
-    """When it was made, in nanoseconds: tells the place of a file that the index doesn't list."""
+    """When it was saved, in ISO format: for people. The order does not depend on it."""
+    written: int = 0
+    """The number of this save in its folder, from 1: it tells which checkpoint is newer."""
+
+    def __post_init__(self) -> None:
+        for name in ("optimizer_step", "iteration", "epoch", "written"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        if not isinstance(self.file, str) or step_of(self.file) != self.optimizer_step:
+            raise ValueError(f"file must be the name of a checkpoint of step {self.optimizer_step}, got {self.file!r}")
+        if self.score is not None and not is_finite(self.score):
+            raise ValueError(f"score must be a finite number, got {self.score!r}")
+        if not isinstance(self.time, str):
+            raise ValueError(f"time must be a text, got {self.time!r}")
+        if not isinstance(self.metrics, dict) or not all(
+            isinstance(name, str) and (value is None or is_finite(value)) for name, value in self.metrics.items()
+        ):
+            raise ValueError("metrics must be finite numbers by name")
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts checkpoints by the number of the save. Those of earlier versions have none, and sort before by step."""
+        return (0, self.optimizer_step) if self.written >= EARLIEST_TIME else (1, self.written)
 
 
-class _Marked(NamedTuple):
-    """What a checkpoint says of itself: the folder that it was written for, and its entry in the index there."""
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite ``int`` or ``float``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Mark(NamedTuple):
+    """What a checkpoint says about itself: the identity of the folder for which it was written, and its entry."""
 
     identity: str
     entry: Entry
 
 
-def best_first(entries: Iterable[Entry], mode: str) -> list[Entry]:
-    """The entries with a score, best first; of equal ones the earlier first."""
-    scored = [entry for entry in entries if entry.score is not None]
-    return sorted(scored, key=lambda entry: entry.score or 0.0, reverse=mode == "max")
-
-
-def retained(entries: list[Entry], keep_last: int, keep_best: int, mode: str) -> list[Entry]:
-    """The last ``keep_last`` and the best ``keep_best`` entries, in the order in which they were written."""
-    chosen = [*entries[max(len(entries) - keep_last, 0) :], *best_first(entries, mode)[:keep_best]]
-    files = {entry.file for entry in chosen}
-    return [entry for entry in entries if entry.file in files]
-
-
 def read_index(path: Path) -> tuple[str, list[Entry]]:
-    """What an index's file says: the folder's identity, and its checkpoints.
+    """Reads an index file. Nothing but names of checkpoints is accepted from it: a log entry names what is ignored.
+
+    Returns:
+        The folder's identity, and its checkpoints, oldest first.
 
     Raises:
         FileNotFoundError: if it does not exist.
-        CheckpointError: if it can't be read, or isn't as it was written.
+        CheckpointError: if it cannot be read, or is not as it was written.
     """
     try:
         content = json.loads(path.read_text())
         if content.pop("crc32") != _sum(content):
             raise ValueError("its text doesn't match its checksum")
-        return content["identity"], [Entry(**entry) for entry in content["checkpoints"]]
+        if not isinstance(content["identity"], str):
+            raise ValueError("identity must be a text")
+        return content["identity"], _entries(content["checkpoints"], path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
 
 
+def _entries(listed: list[dict[str, Any]], path: Path) -> list[Entry]:
+    entries, ignored = {}, []
+    for item in listed:
+        try:
+            entry = Entry(**item)
+        except (TypeError, ValueError):
+            ignored.append(repr(item.get("file") if isinstance(item, dict) else item)[:100])
+        else:
+            entries[entry.file] = entry
+    if ignored:
+        logger.warning("%s lists what is not a checkpoint of this folder; ignored: %s", path, join_names(ignored, SHOWN))
+    return in_order(list(entries.values()))
+
+
+def in_order(entries: list[Entry]) -> list[Entry]:
+    """Entries, oldest first. Those of earlier versions have no number and keep their order in the index."""
+    return sorted(entries, key=lambda entry: (1, entry.written) if entry.written < EARLIEST_TIME else (0, 0))
+
+
 class Index:
-    """``checkpoints.json``: the folder's checkpoints, in the order in which they were written.
+    """``checkpoints.json``: the folder's checkpoints, oldest first. Nothing is written before :meth:`write`.
+
+    The file is a hint that saves time. What it lacks is found by the names in the folder, and what each checkpoint says about
+    itself. What it names and is not a checkpoint in this folder is ignored.
 
     Args:
-        folder: the folder; it must exist.
+        folder: the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: list[Entry] = []
         self.identity = uuid.uuid4().hex
-        """Marks the files that were written for this folder."""
+        """Marks the checkpoints that were written for this folder."""
+        self.recoverable = complete_copies(folder)
+        """Sharded checkpoints that a killed process has left under a temporary name."""
         self._read()
+        self.saves = max((entry.written for entry in self.entries if entry.written < EARLIEST_TIME), default=0)
+        """The highest number of a save so far."""
 
     @property
     def path(self) -> Path:
-        """The index's file."""
+        """The index file."""
         return self.folder / INDEX
+
+    def names(self) -> set[str]:
+        """The names of the checkpoints that are in the folder now. Symbolic links are ignored: they may lead out of it."""
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as items:
+            found = {item.name for item in items if step_of(item.name) is not None and not item.is_symlink()}
+            return found.union(self.recoverable)
+        return set()
+
+    def path_of(self, name: str) -> Path:
+        """The path of a checkpoint."""
+        return self.recoverable.get(name, self.folder / name)
 
     def _read(self) -> None:
         try:
             self.identity, self.entries = read_index(self.path)
         except FileNotFoundError:
-            return self._make_anew()
+            return self._rebuild()
         except CheckpointError as error:
-            logger.warning("%s and is made again from the checkpoints", error)
-            return self._make_anew()
-        for marked in self._unlisted():
-            if marked.identity == self.identity:
-                self._insert(marked.entry)
-        if not any((self.folder / entry.file).exists() for entry in self.entries):
-            self.entries = []  # somebody has cleared the folder; one that is missing beside others must be named
+            logger.warning("%s, and is rebuilt from the checkpoints", error)
+            return self._rebuild()
+        links = links_in(self.folder)
+        self.entries = [entry for entry in self.entries if entry.file not in links]
+        for mark in self._unlisted():
+            if mark.identity == self.identity:
+                self._insert(mark.entry)
+        names = self.names()
+        if not any(entry.file in names for entry in self.entries):
+            self.entries = []  # somebody has cleared the folder; if only some are missing, a resume must name them
         return None
 
-    def _make_anew(self) -> None:
-        """Lists the files by what they say of themselves; of several folders', those of the one that was written to last."""
+    def _rebuild(self) -> None:
+        """Lists the checkpoints by what they say about themselves.
+
+        If some were copied from another folder, this one's are those with the latest time: numbers of two folders cannot be
+        compared. Within one folder the time does not count.
+        """
         found = self._unlisted()
         self.entries = []
         if found:
-            self.identity = found[-1].identity
-            self.entries = [marked.entry for marked in found if marked.identity == self.identity]
+            self.identity = max(found, key=lambda mark: mark.entry.time).identity
+            self.entries = [mark.entry for mark in found if mark.identity == self.identity]
 
-    def _unlisted(self) -> list[_Marked]:
-        """The good checkpoints that the index lacks, because of a kill between two writes, in the order of writing."""
-        listed = {entry.file for entry in self.entries}
+    def _unlisted(self) -> list[_Mark]:
+        """The good checkpoints that the index lacks, because of a kill between two writes, oldest first."""
         found = []
-        for path in self.folder.glob("step-*"):
-            if path.name not in listed and step_of(path.name) is not None:
-                with suppress(CheckpointError, KeyError, TypeError):
-                    mark = load_checked(path / MANIFEST if path.is_dir() else path)["rotation"]
-                    marked = _Marked(mark["identity"], Entry(**mark["entry"]))
-                    if marked.entry.file == path.name:  # a copy under another name is the user's
-                        found.append(marked)
-        return sorted(found, key=lambda marked: marked.entry.written)
+        for name in self.names() - {entry.file for entry in self.entries}:
+            with suppress(CheckpointError, OSError, KeyError, TypeError, ValueError):
+                path = self.path_of(name)
+                mark = load_checked(path / MANIFEST if path.is_dir() else path)["rotation"]
+                entry = Entry(**mark["entry"])
+                if entry.file == name:  # a copy under another name belongs to the user
+                    found.append(_Mark(mark["identity"], entry))
+        return sorted(found, key=lambda mark: mark.entry.order)
 
     def _insert(self, entry: Entry) -> None:
-        """Puts an entry in its place: the kill may have come before the index was written, or before an old file went."""
-        later = [n for n, other in enumerate(self.entries, start=1) if other.written <= entry.written]
-        self.entries.insert(later[-1] if later else 0, entry)
+        """Adds an unlisted entry: the kill may have come before the index was written, or before an old file was deleted."""
+        older = [number for number, other in enumerate(self.entries, start=1) if other.order <= entry.order]
+        self.entries.insert(older[-1] if older else 0, entry)
 
-    def write(self) -> None:
-        """Writes the index durably."""
-        content = {"format": 1, "identity": self.identity, "checkpoints": [asdict(entry) for entry in self.entries]}
+    def write(self, without: str = "") -> None:
+        """Writes the index durably.
+
+        Args:
+            without: the name of a checkpoint that is left out, because it is about to be replaced.
+        """
+        listed = [dict(vars(entry)) for entry in self.entries if entry.file != without]
+        content = {"format": 1, "identity": self.identity, "checkpoints": listed}
         text = json.dumps(content | {"crc32": _sum(content)}, indent=1, allow_nan=False).encode()
         write_durably(self.path, lambda file: _put(file, text))
 
     def add(self, entry: Entry) -> None:
-        """Puts a checkpoint that has been written last; one of the same name gives way, and those that are gone go."""
-        others = [other for other in self.entries if other.file != entry.file]
-        self.entries = [other for other in others if (self.folder / other.file).exists()] + [entry]
+        """Adds the checkpoint that was just saved, in place of one of the same name; drops those whose file is gone."""
+        names = self.names()
+        self.entries = [other for other in self.entries if other.file != entry.file and other.file in names] + [entry]
 
     def newest_first(self) -> list[Path]:
         """Every checkpoint in the folder, listed or not, newest first."""
-        listed = [self.folder / entry.file for entry in self.entries]
+        listed = [entry.file for entry in self.entries]
         newest_step = max((entry.optimizer_step for entry in self.entries), default=-1)
-        others = [path for path in self.folder.glob("step-*") if step_of(path.name) is not None and path not in listed]
-        others.sort(key=lambda path: step_of(path.name) or 0)
-        newer = [path for path in others if (step_of(path.name) or 0) > newest_step]
-        older = [path for path in others if path not in newer]
-        return list(reversed(older + listed + newer))
+        others = sorted(self.names().difference(listed), key=lambda name: step_of(name) or 0)
+        newer = [name for name in others if (step_of(name) or 0) > newest_step]
+        older = [name for name in others if (step_of(name) or 0) <= newest_step]
+        return [self.path_of(name) for name in reversed(older + listed + newer)]
+
+
+def links_in(folder: Path) -> set[str]:
+    """The names of checkpoints in a folder that are symbolic links: to anywhere, so that they are not followed."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
+        return {item.name for item in items if step_of(item.name) is not None and item.is_symlink()}
+    return set()
 
 
 def _sum(content: Mapping[str, Any]) -> int:
-    """A checksum over the index, so that a changed digit isn't believed."""
+    """A checksum of the index, which reveals a changed digit."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 

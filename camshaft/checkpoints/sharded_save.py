@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,113 +16,116 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from camshaft.checkpoints.files import MANIFEST, TEMP_PREFIX, checksum, save_durably, sync_folder
+from camshaft.checkpoints.files import MANIFEST, checksum, save_durably, sync_folder, temporary_name
+from camshaft.checkpoints.recovery import REPLACED
 from camshaft.checkpoints.sharded_load import first_failure
-from camshaft.distributed.collectives import all_gather_object, broadcast_object, host_group, is_main_process, rank
+from camshaft.distributed.collectives import all_gather_object, host_group, is_main_process, on_rank_zero, rank
 from camshaft.distributed.dtensors import is_dtensor
 
 __all__ = ["flatten_tensors", "save_shards"]
 
 
-def save_shards(content: Mapping[str, Any], path: Path) -> None:
-    """Writes a checkpoint as a folder; every process must call it, and each writes its own part.
+def save_shards(content: Mapping[str, Any], path: Path, last_entries: Callable[[], Mapping[str, Any]] = dict) -> None:
+    """Writes a checkpoint as a folder. Every rank must call it, and each writes its own part.
 
-    The order is that of a file: a temporary folder beside it, each file flushed to the disk, the manifest last, a rename.
+    The order is that of a file: a temporary folder in the same folder, each file flushed to the disk, the manifest last, a
+    rename. A complete folder exists at every moment; between two renames it may have a temporary name, which
+    :mod:`camshaft.checkpoints.recovery` finds.
 
     Args:
-        content: tensors, sharded or not, and plain values. Those that aren't sharded are written as rank 0 has them.
-        path: the folder; one that is there gives way.
+        content: tensors, sharded or not, and plain values. Those that are not sharded are written as rank 0 has them.
+        path: the folder; an existing one is replaced.
+        last_entries: called on rank 0 when every part is written; gives further entries of the manifest.
 
     Raises:
-        OSError: on every process if any of them could not write.
+        OSError: on every rank if any of them could not write.
     """
-    temporary = path.parent / f"{TEMP_PREFIX}{path.name}.tmp"
-    held: dict[str, torch.Tensor] = {}
-    rest = flatten_tensors({key: content[key] for key in ("phases", "handlers")}, "", held)
-    if not is_main_process():  # DCP would take a BatchNorm's statistics from whichever process has the least to write
-        held = {name: tensor for name, tensor in held.items() if is_dtensor(tensor)}
-    problem = _attempt(lambda: _begin(temporary))
-    if problem is None:
-        try:
-            writer = _Writer(temporary, sync_files=True)
-            if dist.is_initialized():
-                save(held, storage_writer=writer, process_group=host_group())
-            else:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    save(held, storage_writer=writer, no_dist=True)
-        except CheckpointException as error:  # on every process at once
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"the parts of {path} could not be written: {first_failure(error)}") from error
-        sums, problem = _gathered_sums(temporary)
-        if problem is None:
-            problem = _attempt(lambda: _end(temporary, path, {**content, **rest, "files": sums}))
-    if problem is not None:
+    tensors: dict[str, torch.Tensor] = {}
+    rest = flatten_tensors({key: content[key] for key in ("phases", "handlers")}, "", tensors)
+    if not is_main_process():  # DCP would take a BatchNorm's statistics from the rank that has the least to write
+        tensors = {name: tensor for name, tensor in tensors.items() if is_dtensor(tensor)}
+    temporary = on_rank_zero(lambda: _new_folder(path))
+    try:
+        _write_parts(tensors, temporary)
+        files = _checksums(temporary)
+        on_rank_zero(lambda: _publish(temporary, path, {**content, **rest, "files": files, **last_entries()}))
+    except BaseException:
         if is_main_process():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(problem)
+        raise
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer, which doesn't note the folder's path: it is renamed, and may be moved."""
+    """DCP's writer, without the folder's path in its metadata: the folder will be renamed, and may be moved."""
 
     def storage_meta(self) -> None:
         return None
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
-    """What went wrong when the first process did something, for all of them."""
-    problem = None
-    if is_main_process():
-        try:
-            action()
-        except OSError as error:
-            problem = str(error)
-    return broadcast_object(problem) if dist.is_initialized() else problem
-
-
-def _begin(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
+def _new_folder(path: Path) -> Path:
+    temporary = path.parent / temporary_name(path.name)
     temporary.mkdir()
+    return temporary
 
 
-def _end(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
+def _write_parts(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes this rank's tensors; an error of one rank is an ``OSError`` on all."""
+    writer = _Writer(folder, sync_files=True)
+    try:
+        if dist.is_initialized():
+            save(tensors, storage_writer=writer, process_group=host_group())
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one process is what we have
+                save(tensors, storage_writer=writer, no_dist=True)
+    except CheckpointException as error:
+        raise OSError(f"the parts of a sharded checkpoint could not be written: {first_failure(error)}") from error
+
+
+def _publish(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, which makes the temporary folder complete, and gives it its name."""
     save_durably(manifest, temporary / MANIFEST)
-    replaced = path.parent / f"{TEMP_PREFIX}{path.name}.old.tmp"
-    if path.exists():
-        os.replace(path, replaced)
+    sync_folder(path.parent)
+    if not path.exists():
+        os.replace(temporary, path)
+        return sync_folder(path.parent)
+    replaced = path.parent / temporary_name(path.name, REPLACED)
+    os.replace(path, replaced)
     try:
         os.replace(temporary, path)
-    except OSError:
-        if replaced.exists():
+    except BaseException:
+        with suppress(OSError):  # recovery finds it
             os.replace(replaced, path)
         raise
     sync_folder(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+    return None
 
 
-def _gathered_sums(folder: Path) -> tuple[dict[str, list[int]], str | None]:
-    """Each file's size and CRC-32, summed up by the process that wrote it; and what went wrong on any of them."""
-    sums: dict[str, list[int]] = {}
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """The size and the CRC-32 of each file, computed by the rank that wrote it; an error of one rank is raised on all."""
+    own: dict[str, list[int]] = {}
     problem = None
     try:
         for path in folder.iterdir():
             if path.name.startswith(f"__{rank()}_") or (is_main_process() and path.name == ".metadata"):
-                sums[path.name] = [path.stat().st_size, checksum(path)]
-    except OSError as error:  # the others wait for these sums
-        problem = f"rank {rank()} could not read again what it has written: {error}"
-    parts = all_gather_object((sums, problem)) if dist.is_initialized() else [(sums, problem)]
+                own[path.name] = [path.stat().st_size, checksum(path)]
+    except OSError as error:  # the other ranks wait for the result
+        problem = f"rank {rank()} could not read what it has written: {error}"
+    parts = all_gather_object((own, problem)) if dist.is_initialized() else [(own, problem)]
     problems = [text for _, text in parts if text is not None]
-    return {name: value for part, _ in parts for name, value in part.items()}, problems[0] if problems else None
+    if problems:
+        raise OSError(problems[0])
+    return {name: value for part, _ in parts for name, value in part.items()}
 
 
-def flatten_tensors(value: Any, name: str, held: dict[str, torch.Tensor]) -> Any:
-    """``value`` with a mark in place of each tensor, which goes to ``held`` under its place's name."""
+def flatten_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A copy of ``value`` with a placeholder for each tensor. The tensor goes to ``tensors``, under its path in ``value``."""
     if isinstance(value, torch.Tensor):
-        held[name] = value.detach()
+        tensors[name] = value.detach()
         return {"tensor": name, "shape": list(value.shape), "dtype": value.dtype}
     if isinstance(value, Mapping):
-        return {key: flatten_tensors(item, f"{name}/{key}", held) for key, item in value.items()}
+        return {key: flatten_tensors(item, f"{name}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(flatten_tensors(item, f"{name}/{number}", held) for number, item in enumerate(value))
+        return type(value)(flatten_tensors(item, f"{name}/{number}", tensors) for number, item in enumerate(value))
     return value

@@ -1,59 +1,65 @@
-"""Checkpoints that rotate, can't be lost, and resume exactly."""
+"""Checkpoints that rotate, are never lost, and resume exactly."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import time
-import warnings
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from camshaft.checkpoints.file_load import load_checked
-from camshaft.checkpoints.files import CheckpointError, remove_temporary_files
-from camshaft.checkpoints.index import Entry, Index, best_first, retained
-from camshaft.checkpoints.names import file_name
-from camshaft.checkpoints.sharded_load import load_manifest, load_shards
+from camshaft.checkpoints.folder import rank_zero_first, take_folder
+from camshaft.checkpoints.index import Entry, Index
+from camshaft.checkpoints.lock import FolderLock
+from camshaft.checkpoints.progress import entry_of, moment_of, step_of
+from camshaft.checkpoints.retention import is_among_best, retained
+from camshaft.checkpoints.save_policy import SavePolicy
+from camshaft.checkpoints.selection import best_of, last_of, load_chosen
 from camshaft.checkpoints.sharded_save import save_shards
-from camshaft.checkpoints.writer import CheckpointWriter
-from camshaft.distributed.collectives import broadcast_object, is_main_process, world_size
+from camshaft.checkpoints.writer import CheckpointWriter, error_of, raise_if, size_of
+from camshaft.distributed.collectives import is_main_process, on_rank_zero
 from camshaft.events import Events, Priority, split
 from camshaft.handler import Handler, Listener, on
-from camshaft.metrics import MetricWatch, as_number, check_mode
+from camshaft.metrics import MetricWatch, check_mode
 
 __all__ = ["CheckpointRotation"]
 
 logger = logging.getLogger("camshaft")
 
+NOT_ATTACHED = "CheckpointRotation isn't attached to a trainer; call attach(trainer) first"
+
 
 class CheckpointRotation(Handler):
     """Writes checkpoints, keeps the last and the best, and resumes from them.
 
-    A request inside a window waits for its end and comes after every other handler of that moment. The end of a run,
-    ``terminate()`` included, saves once more where anything is new; an exception writes nothing. A checkpoint holds all that
-    a run is: see "Checkpoints and resume" in the guide.
+    A request inside a window waits for the end of the window, and is carried out after every other handler of that moment. The
+    end of a run, ``terminate()`` included, saves once more if anything is new; an exception saves nothing. A checkpoint holds
+    everything that belongs to a run: see "Checkpoints and resume" in the guide.
+
+    A folder belongs to one run at a time: from ``attach`` to ``detach``, or to the end of the process, a lock keeps others out.
+    To only read, don't attach: ``CheckpointRotation(dirname).last``, ``.best`` and ``.resume(which, trainer)`` need no lock,
+    never change the folder, and work while another process trains there.
 
     Args:
-        dirname: the folder; it is made if it does not exist.
-        keep_last: how many of the newest are kept.
-        keep_best: how many of the best are kept besides, by ``metric``.
+        dirname: the folder; it is created if it does not exist.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_best: how many of the best are kept in addition, by ``metric``.
         metric: the name of the score in ``state.metrics``.
-        mode: ``"max"`` where more is better, ``"min"`` where less is.
-        every: the event, or events, that ask for a checkpoint.
-        every_minutes: asks for one whenever so many minutes have gone since the last, too.
-        background: has a thread write while training continues; the tensors are copied first, one save is under way at most, and
-            the last is waited for at the end of the run.
-        sharded: every process writes its own part into a folder ``step-00000123`` (``torch.distributed.checkpoint``): for
-            FSDP2 and for large states. It loads on another number of processes too.
+        mode: ``"max"`` if more is better, ``"min"`` if less is.
+        every: the event, or events, at which a checkpoint is requested.
+        every_minutes: requests one whenever this many minutes have passed since the last one, too.
+        background: a thread writes while training continues. The tensors are copied first, one save runs at a time, and the end
+            of the run waits for the last one.
+        sharded: every rank writes its own part into a folder ``step-00000123`` (``torch.distributed.checkpoint``): for FSDP2
+            and for large states. It can be loaded with another number of processes.
 
-    Of several processes the first writes, all take part, and each resumes from its own random state and place in the data.
+    With several processes rank 0 writes, all ranks take part, and each resumes from its own random state and data position.
 
     Raises:
-        ValueError: if a value isn't allowed; in the run if the metric never appears.
-        OSError: at ``attach`` if the folder can't be written.
+        ValueError: if a value is not allowed; in the run, if the metric never appears.
+        OSError: at ``attach``, if the folder cannot be written.
+        RuntimeError: at ``attach``, if another run writes into the folder.
 
     Example:
         >>> import tempfile, torch
@@ -80,7 +86,7 @@ class CheckpointRotation(Handler):
         sharded: bool = False,
     ) -> None:
         if background and sharded:
-            raise ValueError("background and sharded exclude each other: the processes write their parts together, in front")
+            raise ValueError("background and sharded exclude each other: the ranks write their parts at the same time")
         check_mode(mode, metric)
         for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -89,30 +95,45 @@ class CheckpointRotation(Handler):
             raise ValueError("keep_best needs metric, the name of the score in state.metrics, such as 'val/accuracy'")
         if every_minutes is not None and not every_minutes > 0:
             raise ValueError(f"every_minutes must be a positive number, got {every_minutes!r}")
-        self.folder = Path(dirname)
+        self.folder = Path(dirname).absolute()  # so that a later chdir() changes nothing
         self.keep_last, self.keep_best, self.mode = keep_last, keep_best, mode
-        self.every, self.every_minutes = split(every), every_minutes
+        self.every, self.policy = split(every), SavePolicy(every_minutes)
         self.watch = None if metric is None else MetricWatch(metric, "CheckpointRotation")
         self.background, self.sharded = background, sharded
+        self._lock = FolderLock(self.folder)
         self._writer: CheckpointWriter | None = None
-        self._requested = False
-        self._score: tuple[int, float] | None = None
-        self._last_saved_score: tuple[int, float | None] = -1, None
-        self._saved_at: tuple[int, bool] | None = None
-        self._saved_when = time.monotonic()
+
+    # -- the folder ---------------------------------------------------------------------------------------------------
+
+    def on_attach(self, engine: Any) -> None:
+        """Takes the folder for this trainer: makes it, locks it, and clears what a killed run has left there."""
+        if not hasattr(engine, "checkpoint"):
+            raise TypeError(f"CheckpointRotation needs a trainer from create_trainer(), got {type(engine).__name__}")
+        self._writer = None
+        rank_zero_first(lambda: take_folder(self._lock, engine))
+
+    def detach(self) -> None:
+        """Removes every method from the engine, waits for a save in the background, and gives the folder back."""
+        super().detach()
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.wait()
+        finally:
+            self._lock.release()
 
     @property
     def writer(self) -> CheckpointWriter:
-        """What writes into the folder."""
+        """The writer of the folder. Only rank 0 of an attached rotation has one."""
         if self._writer is None:
-            self._writer = CheckpointWriter(Index(self.folder), self._retained, self.background)
+            self._writer = CheckpointWriter(Index(self.folder), self._retained, self.background, self._lock.check)
         return self._writer
 
     @property
     def index(self) -> Index:
-        """What the folder holds; a save in the background is waited for."""
-        if not is_main_process():
-            return Index(self.folder)  # as the first process has left it
+        """What the folder holds; waits for a save in the background."""
+        if self.engine is None or not is_main_process() or self._lock.was_taken_over:
+            return Index(self.folder)  # as the owner has left it
         self.writer.wait()
         return self.writer.index
 
@@ -121,43 +142,23 @@ class CheckpointRotation(Handler):
 
     @property
     def longest_save(self) -> float:
-        """How many seconds the longest save so far has taken."""
-        return self.writer.longest
+        """The duration of the longest save so far, in seconds."""
+        return 0.0 if self._writer is None else self._writer.longest
 
     @property
     def last(self) -> Path | None:
         """The newest checkpoint."""
-        return self.folder / self.index.entries[-1].file if self.index.entries else None
+        return last_of(self.index)
 
     @property
     def best(self) -> Path | None:
         """The checkpoint with the best score."""
-        ranked = best_first(self.index.entries, self.mode)
-        return self.folder / ranked[0].file if ranked else None
+        return best_of(self.index, self.mode)
 
     # -- when to save -------------------------------------------------------------------------------------------------
 
-    def on_attach(self, engine: Any) -> None:
-        """Makes the folder, sees that it can be written, and clears what a killed save has left there."""
-        if not hasattr(engine, "checkpoint"):
-            raise TypeError(f"CheckpointRotation needs a trainer from create_trainer(), got {type(engine).__name__}")
-        if not is_main_process():
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".camshaft-{os.getpid()}.tmp"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            file = next((place for place in (self.folder, *self.folder.parents) if place.is_file()), None)
-            reason = error.strerror if file is None else f"{file} is a file, not a folder"
-            raise type(error)(
-                error.errno, f"dirname: checkpoints can't be written there ({reason})", str(self.folder)
-            ) from error
-        remove_temporary_files(self.folder)
-
     def listeners(self) -> Iterator[Listener]:
-        """The events that ask, and the moments at which saving comes last of all."""
+        """The events that request a checkpoint, and the moments at which it is saved, after every other handler."""
         yield from super().listeners()
         for event in self.every:
             yield Listener(event, self.request, Priority.SYNC - 1)
@@ -168,37 +169,35 @@ class CheckpointRotation(Handler):
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run has saved nothing yet, a resumed one has nothing new."""
-        resumed = engine.state.iteration > 0
-        self._requested, self._score, self._saved_at = False, None, self._now(engine) if resumed else None
-        self._saved_when, self._last_saved_score = time.monotonic(), (-1, None)
+        """A new run has saved nothing yet; a resumed one has nothing new."""
+        if is_main_process():
+            self._lock.check_not_taken_over()
+        self.policy.start(moment_of(engine) if engine.state.iteration > 0 else None)
         if self.watch is not None:
             self.watch.start(engine)
 
     def request(self) -> None:
-        """Asks for a checkpoint at the end of the open window."""
-        self._requested = True
+        """Requests a checkpoint at the end of the open window."""
+        self.policy.requested = True
 
     def requests_checkpoint(self, engine: Any) -> bool:
-        """Whether this process wants a checkpoint; of several, all take part if one does."""
+        """Whether this rank wants a checkpoint; all ranks save if one does."""
         self._look_at_score(engine)
-        return self._requested or self._interval_elapsed()
-
-    def _interval_elapsed(self) -> bool:
-        return self.every_minutes is not None and time.monotonic() - self._saved_when >= self.every_minutes * 60
+        return self.policy.is_due
 
     def _when_due(self, engine: Any, _: int) -> bool:
         if engine.coordinator.is_distributed:
             return self.agreed
-        if self._requested or (self.watch is not None and self.watch.is_new(engine)):
+        if self.policy.is_due or (self.watch is not None and self.watch.is_new(engine)):
             return True
-        return self._interval_elapsed()
+        return self._writer is not None and self._writer.has_failed
 
     def save_if_requested(self, engine: Any) -> None:
-        """Saves what has been asked for, unless a window is open."""
-        self.writer.report_if_done()
+        """Saves if it is requested, unless a window is open."""
+        if self.background:
+            on_rank_zero(lambda: self.writer.report_if_done())
         due = engine.coordinator.checkpoint_is_requested(engine, self)
-        self._requested = self._requested or due  # a request made since is agreed on after the next iteration
+        self.policy.requested = self.policy.requested or due  # the ranks compare later requests after the next iteration
         if due and not engine.window_is_open:
             self._save()
 
@@ -210,56 +209,43 @@ class CheckpointRotation(Handler):
 
     @on(Events.COMPLETED, priority=Priority.SAVE)
     def finish(self, engine: Any) -> None:
-        """Saves the end of a run where anything is new, the gradients of an open window included."""
-        if engine.coordinator.any_rank(self.requests_checkpoint(engine) or self._saved_at != self._now(engine)):
+        """Saves the end of a run if anything is new, with the gradients of an open window."""
+        if engine.coordinator.any_rank(self.requests_checkpoint(engine) or self.policy.is_new(moment_of(engine))):
             self._save()
-        self.writer.wait()
+        if self.background:
+            on_rank_zero(lambda: self.writer.wait())
         engine.coordinator.barrier()  # no rank exits before the file is complete
 
     def check_at_end(self, engine: Any) -> None:
-        """A metric that a run has ended without is a mistake."""
+        """Raises ``ValueError`` if the metric has not appeared in the run."""
         assert self.watch is not None
         self.watch.check_at_end(engine)
 
     def _look_at_score(self, engine: Any) -> None:
-        """Notes a new score, and asks for a checkpoint if it is among the best."""
+        """Notes a new score, and requests a checkpoint if it is among the best."""
         if self.watch is None or not self.watch.is_new(engine):
             return
         score = self.watch.take(engine)
-        if not math.isfinite(score):
-            return
-        step = next(iter(engine.phases.values())).optimizer_step
-        self._score = step + engine.window_is_open, score  # inside a window it goes to the checkpoint at the window's end
-        if not is_main_process():  # the first process knows what the folder holds
-            return
-        ranked = best_first(self.index.entries, self.mode)[: self.keep_best]
-        is_top_k = len(ranked) < self.keep_best or any(
-            (score > entry.score) if self.mode == "max" else (score < entry.score)
-            for entry in ranked
-            if entry.score is not None
-        )
-        self._requested = self._requested or is_top_k
-
-    @staticmethod
-    def _now(engine: Any) -> tuple[int, bool]:
-        return engine.state.iteration, engine.state.epoch_is_open
+        is_finite = self.policy.note_score(score, step_of(engine), engine.window_is_open)
+        if is_finite and is_main_process() and is_among_best(score, self.index.entries, self.keep_best, self.mode):
+            self.policy.requested = True
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path | None:
-        """Writes a checkpoint now, or inside a run at the end of the open window, after every other handler.
+        """Writes a checkpoint now; inside a run, at the end of the open window, after every other handler.
 
-        In a handler of ``EXCEPTION_RAISED`` it is written now, for no window's end is to come; of several processes, others may
-        never come to it, so that this is an error there.
+        In a handler of ``EXCEPTION_RAISED`` it is written now, because the window will not end. With several processes this is
+        an error: the others may never come to it.
 
         Returns:
-            The file; ``None`` if it is still to come.
+            The file; ``None`` if it is not written yet.
 
         Raises:
-            RuntimeError: if the handler isn't attached, or several processes would wait for each other after an exception.
+            RuntimeError: if the handler is not attached, or ranks would wait for each other after an exception.
         """
         if self.engine is None:
-            raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
+            raise RuntimeError(NOT_ATTACHED)
         if self.engine.is_running and self.engine.last_event_name != Events.EXCEPTION_RAISED:
             self.request()
             return None
@@ -268,156 +254,62 @@ class CheckpointRotation(Handler):
                 "save() in EXCEPTION_RAISED would wait for the other processes, which may never come to it; resume from the "
                 "last checkpoint, and save more often (every=, every_minutes=)"
             )
-        return self._save()
+        path = self._save()
+        return path if on_rank_zero(lambda: self.writer.wait()) else None
 
     def _save(self) -> Path | None:
-        engine, state = self.engine, self.engine.state
-        self._requested = False
-        step = next(iter(engine.phases.values())).optimizer_step
-        score = (
-            self._last_saved_score[1] if self._last_saved_score[0] == step else None
-        )  # saved again, it is the same weights' score
-        if self._score is not None and self._score[0] == step + engine.window_is_open:
-            score, self._score = self._score[1], None
-        self._last_saved_score = step, score
-        metrics = {name: _finite(value) for name, value in state.metrics.items()}
-        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        entry = Entry(file_name(step, self.sharded), step, state.iteration, state.epoch, score, metrics, when)
+        engine = self.engine
+        self.policy.requested = False
+        entry = entry_of(engine, self.policy.take_score(step_of(engine), engine.window_is_open), self.sharded)
         content = engine.checkpoint(self.sharded)
-        path = self._write(content, entry)
+        path = self._write_shards(content, entry) if self.sharded else on_rank_zero(lambda: self.writer.write(content, entry))
         if path is not None:
-            self._saved_at, self._saved_when = self._now(engine), time.monotonic()
+            self.policy.saved(moment_of(engine))
         return path
 
-    def _write(self, content: dict[str, Any], entry: Entry) -> Path | None:
-        """Writes, by the first process alone or by each its part, and all hear what has come of it."""
-        if is_main_process():
-            content["rotation"] = {"identity": self.writer.index.identity, "entry": vars(entry)}
-        if self.sharded:
-            self.writer.save = self._sharded_before(content, entry)
-        path: Path | None = None
-        error: Exception | None = None
-        if is_main_process():
-            try:
-                path = self.writer.write(content, entry)
-            except OSError as failure:
-                error = failure
-        text = None if error is None else str(error)
-        if world_size() > 1:
-            path, text = broadcast_object((path, text))
-        if error is not None:
-            raise error
-        if text is not None:
-            raise OSError(f"rank 0 could not write a checkpoint: {text}")
-        return path
-
-    def _sharded_before(self, content: dict[str, Any], entry: Entry) -> Any:
-        """Has every process write its part, and gives what tells the first one's writer how that went."""
-        trouble: OSError | None = None
-        try:
-            save_shards(content, self.folder / entry.file)
-        except OSError as failure:
-            trouble = failure
-
-        def tell(*_: Any) -> None:
-            if trouble is not None:
-                raise trouble
-
-        return tell
+    def _write_shards(self, content: dict[str, Any], entry: Entry) -> Path | None:
+        """Every rank writes its part; then rank 0 updates the folder, or counts a failed save."""
+        path, last = self.folder / entry.file, lambda: {"rotation": self.writer.prepare(entry)}
+        result = partial(raise_if, error_of(lambda: save_shards(content, path, last)))
+        return on_rank_zero(lambda: self.writer.record(entry, result, size_of(content)))
 
     @on(Events.EXCEPTION_RAISED)
     def on_exception(self, engine: Any, error: BaseException) -> None:
-        """An exception writes nothing, but lets a save in the background end."""
-        self.writer.wait()
+        """Saves nothing, but waits for a save in the background."""
+        if self._writer is not None:
+            self._writer.wait()
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
-    def resume(self, which: str | os.PathLike[str] = "auto") -> Path | None:
-        """Sets the trainer back to a checkpoint; the next ``run()`` resumes from there.
+    def resume(self, which: str | os.PathLike[str] = "auto", trainer: Any = None) -> Path | None:
+        """Restores a checkpoint; the next ``run()`` resumes from there. The folder is not changed.
 
         Args:
-            which: ``"auto"`` for the newest good file (a warning names the bad ones passed over), ``"best"``, or a path.
+            which: ``"auto"`` for the newest good checkpoint (a warning names the bad ones that are passed over), ``"best"``,
+                or a path.
+            trainer: the trainer to restore, if this handler is not attached: to evaluate a run, or look at it, while another
+                process trains.
 
         Returns:
-            The file that was loaded; ``None`` for ``"auto"`` in a folder without any checkpoint.
+            The checkpoint that was loaded; ``None`` for ``"auto"`` in a folder without any checkpoint.
 
         Raises:
-            RuntimeError: if the handler isn't attached, the file asked for can't be used, or none of the folder can.
+            RuntimeError: if there is no trainer, or it is running.
+            CheckpointError: if the checkpoint cannot be used, or none in the folder can.
+            FileNotFoundError: if the path does not exist.
             ValueError: if the checkpoint is of another model, optimizer or scheme.
         """
-        if self.engine is None:
-            raise RuntimeError("CheckpointRotation isn't attached to a trainer; call attach(trainer) first")
-        if self.engine.is_running:
+        engine = self.engine if trainer is None else trainer
+        if engine is None:
+            raise RuntimeError(NOT_ATTACHED)
+        if engine.is_running:
             raise RuntimeError("resume() can't be called inside a run; call it before run()")
-        path, content = self._chosen(which) if world_size() == 1 else self._chosen_together(which)
+        path, content = load_chosen(lambda: self.index, which, self.mode, engine.sharding_reference)
         if path is None:
             return None
-        if path.is_dir():
-            content = load_shards(path, content, self.engine.sharding_reference)
         try:
-            self.engine.restore(content)
+            engine.restore(content)
         except ValueError as error:
             raise ValueError(f"{path} can't be resumed here: {error}") from error
-        logger.info("resumed from %s: epoch %d, step %d", path, self.engine.state.epoch, self.engine.state.optimizer_step)
+        logger.info("resumed from %s: epoch %d, step %d", path, engine.state.epoch, engine.state.optimizer_step)
         return path
-
-    def _chosen_together(self, which: str | os.PathLike[str]) -> tuple[Path | None, Any]:
-        """The first process chooses, and the others read the same."""
-        path: Path | None = None
-        content: Any = None
-        error: Exception | None = None
-        if is_main_process():
-            try:
-                path, content = self._chosen(which)
-            except (CheckpointError, OSError) as failure:
-                error = failure
-        path, text = broadcast_object((path, None if error is None else str(error)))
-        if error is not None:
-            raise error
-        if text is not None:
-            raise CheckpointError(f"rank 0 can't resume: {text}")
-        return path, content if is_main_process() or path is None else read(path)
-
-    def _chosen(self, which: str | os.PathLike[str]) -> tuple[Path | None, Any]:
-        """The checkpoint that is asked for, and what it holds."""
-        if which == "best":
-            if self.best is None:
-                raise CheckpointError(f"there is no best checkpoint in {self.folder}: none was saved with a finite score")
-            return self.best, read(self.best)
-        if which != "auto":
-            if not Path(which).exists():
-                raise CheckpointError(f"{which} does not exist; which must be 'auto', 'best' or the path of a checkpoint")
-            return Path(which), read(Path(which))
-        passed_over: list[str] = []
-        for path in self.index.newest_first():
-            try:
-                content = read(path)
-            except CheckpointError as error:
-                passed_over.append(str(error))
-                continue
-            if passed_over:
-                warnings.warn(f"resumed from {path}; passed over: {'; '.join(passed_over)}", RuntimeWarning, stacklevel=3)
-            return path, content
-        if passed_over:
-            raise CheckpointError(f"no checkpoint in {self.folder} can be used: {'; '.join(passed_over)}")
-        return None, None
-
-
-def read(path: Path) -> Any:
-    """What a checkpoint holds; of a folder, what it holds beside its tensors.
-
-    Raises:
-        CheckpointError: says what is wrong with it.
-    """
-    content = load_manifest(path) if path.is_dir() else load_checked(path)
-    if not isinstance(content, dict) or "phases" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of a trainer")
-    return content
-
-
-def _finite(value: Any) -> float | None:
-    try:
-        number = as_number(value, "metric")
-    except TypeError:
-        return None
-    return number if math.isfinite(number) else None

@@ -2,7 +2,8 @@
 
 import pytest
 
-from camshaft.checkpoints.index import Entry, retained
+from camshaft.checkpoints.index import Entry
+from camshaft.checkpoints.retention import retained
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def checkpoint(tmp_path):
 
 
 def test_resuming_a_missing_file_raises(tmp_path):
-    with pytest.raises(RuntimeError, match=r"missing\.pt isn't there"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt does not exist"):
         rotation_of(tmp_path).resume(tmp_path / "missing.pt")
 
 

@@ -87,9 +87,10 @@ def test_report_if_done_does_not_wait(tmp_path, gate):
 
 def test_a_failure_in_the_background_is_reported_by_the_next_call(tmp_path, monkeypatch):
     writer = make(tmp_path, background=True)
+    write_and_wait(writer, 1)
     fill_the_disk(monkeypatch)
-    assert writer.write({"x": torch.zeros(1000)}, entry(1)) is not None
-    with pytest.warns(RuntimeWarning, match=r"step-00000001.pt could not be written .*about 4,000 bytes.*training goes on"):
+    assert writer.write({"x": torch.zeros(1000)}, entry(2)) is not None
+    with pytest.warns(RuntimeWarning, match=r"step-00000002.pt could not be written .*about 4,000 bytes.*training continues"):
         assert not writer.wait()
 
 
@@ -100,7 +101,7 @@ def test_the_third_consecutive_failure_raises(tmp_path, monkeypatch, background)
     assert writer.wait()
     fill_the_disk(monkeypatch)
     for step in (2, 3):
-        with pytest.warns(RuntimeWarning, match="training goes on"):
+        with pytest.warns(RuntimeWarning, match="training continues"):
             write_and_wait(writer, step)
     with pytest.raises(OSError, match="3 saves in a row have failed"):
         write_and_wait(writer, 4)

@@ -21,7 +21,7 @@ def small_disk(tmp_path):
 
     yield mount
     if folder.is_mount():
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a trainer that is not freed yet holds its lock file
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from torch import nn
 
 from camshaft import CheckpointRotation, Events, Handler, LRHistory, Priority, create_trainer
 from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.lock import LOCK
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["camshaft", "pytest", "torch.utils.tensorboard", "torch._dynamo"])
@@ -95,7 +96,7 @@ def checkpoints(folder):
 
 def litter(folder):
     """Whatever is in the folder besides checkpoints and their index."""
-    return sorted(p.name for p in Path(folder).iterdir() if p.suffix != ".pt" and p.name != "checkpoints.json")
+    return sorted(p.name for p in Path(folder).iterdir() if p.suffix != ".pt" and p.name not in ("checkpoints.json", LOCK))
 
 
 def all_good(folder):

@@ -50,10 +50,10 @@ def some_bits(content, number=200):
     return random.Random(0).sample(range(8 * len(content)), number)
 
 
-def assert_falls_back(folder, reason):
+def assert_falls_back(folder, reason, error=CheckpointError):
     """``resume("auto")`` takes step 2 and names the newest and why; asked for by its path, the newest raises."""
     trainer, rotation = scored_run(folder)
-    with pytest.raises(CheckpointError, match=f"{NEWEST}.*{reason}"):
+    with pytest.raises(error, match=f"{NEWEST}.*{reason}"):
         rotation.resume(folder / NEWEST)
     assert trainer.state.iteration == 0
     with pytest.warns(RuntimeWarning, match=f"passed over: .*{NEWEST}.*{reason}"):
@@ -110,7 +110,7 @@ def test_a_file_without_a_seal_does_not_load(folder):
 
 def test_a_missing_file_is_named(folder):
     (folder / NEWEST).unlink()
-    assert_falls_back(folder, "isn't there")
+    assert_falls_back(folder, "does not exist", FileNotFoundError)
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(folder):

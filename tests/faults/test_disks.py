@@ -34,7 +34,9 @@ def test_a_disk_that_fills_up(small_disk):
     folder = small_disk("3m")
     trainer, _ = counting_run(folder, size=ROOM, keep_last=5)
     with (
-        pytest.warns(RuntimeWarning, match=r"step-0000000[34]\.pt could not be written \(No space.*training goes on") as warned,
+        pytest.warns(
+            RuntimeWarning, match=r"step-0000000[34]\.pt could not be written \(No space.*training continues"
+        ) as warned,
         pytest.raises(OSError, match=r"step-00000005\.pt could not be written .*; 3 saves in a row have failed"),
     ):
         train(trainer, 100)
@@ -51,19 +53,25 @@ def test_a_disk_on_which_room_is_made_again(small_disk):
     for full, free in ((2, 4), (6, 8)):
         at(trainer, full, lambda: ballast.write_bytes(bytes(1_800_000)))
         at(trainer, free, lambda: ballast.unlink())
-    with pytest.warns(RuntimeWarning, match="training goes on") as warned:
+    with pytest.warns(RuntimeWarning, match="training continues") as warned:
         train(trainer, 9)
     assert len(warned) == 4
     assert checkpoints(folder) == [9]
     assert_resumes_from(folder, 9, size=ROOM)
 
 
+def mount_read_only(folder):
+    """Puts a read-only view of a folder over it; the file system itself has an open file, and cannot be made read-only."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
 def test_a_disk_that_turns_read_only(small_disk):
     folder = small_disk("20m")
     trainer, _ = counting_run(folder)
-    at(trainer, 3, lambda: subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True))
-    at(trainer, 5, lambda: subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True))
-    with pytest.warns(RuntimeWarning, match="could not be written .Read-only file system.*training goes on") as warned:
+    at(trainer, 3, lambda: mount_read_only(folder))
+    at(trainer, 5, lambda: subprocess.run(["umount", folder], check=True))
+    with pytest.warns(RuntimeWarning, match="could not be written .Read-only file system.*training continues") as warned:
         train(trainer, 6)
     assert len(warned) == 2
     assert checkpoints(folder) == [5, 6]
@@ -139,7 +147,7 @@ def test_an_index_that_can_not_be_written_leaks_no_files(tmp_path, monkeypatch):
     trainer, _ = counting_run(tmp_path)
     at(trainer, 3, lambda: refuse(monkeypatch, os, "replace", errno.ENOSPC, is_index))
     at(trainer, 5, monkeypatch.undo)
-    with pytest.warns(RuntimeWarning, match="training goes on"):
+    with pytest.warns(RuntimeWarning, match="training continues"):
         train(trainer, 6)
     assert checkpoints(tmp_path) == [5, 6]
     assert_resumes_from(tmp_path, 6)
@@ -194,7 +202,7 @@ def test_the_whole_folder_deleted_while_training_goes_on(tmp_path):
     trainer, _ = counting_run(folder)
     at(trainer, 3, lambda: shutil.rmtree(folder))
     at(trainer, 4, folder.mkdir)
-    with pytest.warns(RuntimeWarning, match=r"could not be written .No such file or directory.*training goes on"):
+    with pytest.warns(RuntimeWarning, match=r"could not be written .No such file or directory.*training continues"):
         train(trainer, 5)
     assert checkpoints(folder) == [4, 5]
     assert_resumes_from(folder, 5)

@@ -44,6 +44,7 @@ def kill_while_saving(folder, notes, kills, seed, **options):
         assert step >= reported, f"step {reported} was saved, and {resumed} came back"
         assert rotation.last == resumed
         assert all_good(folder)
+        rotation.detach()  # the next child is the owner
         saved = step
     return saved
 
