@@ -40,9 +40,18 @@ class CudaCapturer:
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         present = torch.cuda.current_stream(self.device)  # if the capture fails, torch does not restore the current stream
-        with torch.cuda.device(self.device), torch.cuda.stream(present), capture:
-            results = work()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(present), capture:
+                results = work()
+        except BaseException:
+            self._end_capture_of_generator()
+            raise
         return graph.replay, results
+
+    def _end_capture_of_generator(self) -> None:
+        """Lets the device's random generator draw again: after a failed capture it would raise until the process ends."""
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 CAPTURERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaCapturer}
