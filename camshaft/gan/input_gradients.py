@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from camshaft.models import is_sharded
+from camshaft.models import is_compiled, is_sharded
 from camshaft.pytree import describe, map_tensors
 from camshaft.validation import name_of
 
@@ -38,9 +38,9 @@ def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = (
         raise RuntimeError(
             "a gradient penalty was called under no_grad() or inference_mode(): it needs a graph to train the critic"
         )
-    check_critic(critic)
     if type(critic).__name__ == "OptimizedModule":
-        critic = critic._orig_mod  # torch.compile's backward can't be differentiated again
+        critic = critic._orig_mod  # the backward pass of a compiled network can't be differentiated again
+    check_critic(critic)
     points = (points.clone() if points.is_inference() else points.detach()).requires_grad_()
     if args:
         args = map_tensors(detach_to_float32, args)
@@ -57,13 +57,20 @@ def input_gradients(critic: Any, points: torch.Tensor, args: tuple[Any, ...] = (
 
 def differentiate(critic: Any, points: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor | None:
     """The gradient of the sum of the scores, that of each sample's own score; ``None`` if they do not depend on the points."""
-    scores = critic(points, *args)
+    eager = isinstance(critic, nn.Module) and critic in _compiled
+    scores = call_eagerly(critic, points, args) if eager else critic(points, *args)
     if not has_one_score_per_sample(scores, points.shape[0]):
         raise bad_scores(scores, points.shape[0], f"the critic {name_of(critic)}")
     if not scores.requires_grad:
         return None
     found: torch.Tensor | None = torch.autograd.grad(scores.sum(), points, create_graph=True, allow_unused=True)[0]
     return found
+
+
+def call_eagerly(critic: nn.Module, points: torch.Tensor, args: tuple[Any, ...]) -> Any:
+    """Calls a critic as if none of its parts were compiled, so that the gradient can be differentiated again."""
+    with torch.compiler.set_stance("force_eager"):
+        return critic(points, *args)
 
 
 def to_float32(samples: Any, name: str) -> torch.Tensor:
@@ -107,6 +114,8 @@ def bad_scores(scores: Any, samples: int, source: str, where: str = "") -> Excep
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
+_compiled: WeakSet[Any] = WeakSet()
+"""Those of the checked critics that have a compiled part."""
 
 
 def check_critic(critic: Any) -> None:
@@ -124,6 +133,8 @@ def check_critic(critic: Any) -> None:
             "generator may stay under fully_shard"
         )
     _checked.add(critic)
+    if is_compiled(critic):
+        _compiled.add(critic)
     names = [name or "itself" for name, part in critic.named_modules() if isinstance(part, _BatchNorm) and part.training]
     if names:
         warnings.warn(

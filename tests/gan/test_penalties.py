@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -219,6 +220,20 @@ def test_a_compiled_critic_can_be_differentiated_twice():
     critic, pair, alpha = Critic((4, 3)), samples((4, 3)), torch.rand(4)
     compiled = torch.compile(critic, backend="eager")
     assert torch.equal(gradient_penalty(compiled, *pair, alpha=alpha), gradient_penalty(critic, *pair, alpha=alpha))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_critic_with_a_compiled_part_can_be_differentiated_twice(in_place):
+    critic, pair, alpha = nn.Sequential(Critic((4, 3)), nn.Linear(1, 1)), samples((4, 3)), torch.rand(4)
+    expected = gradient_penalty(copy.deepcopy(critic), *pair, alpha=alpha)
+    if in_place:
+        critic[0].compile(backend="aot_eager")
+    else:
+        critic[0] = torch.compile(critic[0], backend="aot_eager")
+    penalty = gradient_penalty(critic, *pair, alpha=alpha)
+    penalty.backward()
+    assert torch.equal(penalty, expected)
+    assert critic(pair[0]).shape == (4, 1)
 
 
 # -- mistakes of a commonly copied implementation ---------------------------------------------------------------------
