@@ -20,7 +20,7 @@ from camshaft.checkpoints.names import EARLIEST_TIME, step_of
 from camshaft.checkpoints.recovery import complete_copies
 from camshaft.validation import join_names
 
-__all__ = ["INDEX", "Entry", "Index", "read_index"]
+__all__ = ["Entry", "INDEX", "Index", "read_index"]
 
 logger = logging.getLogger("camshaft")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["LOCK", "FolderInUseError", "FolderLock"]
+__all__ = ["FolderInUseError", "FolderLock", "LOCK"]
 
 LOCK = ".camshaft.lock"
 """The name of the lock file. It stays in the folder and says who was the last owner; it is the kernel's lock that counts."""

@@ -82,7 +82,7 @@ def bad_files(folder):
     data[len(data) // 2] ^= 1
     (folder / "flipped.pt").write_bytes(data)
     return {
-        "missing.pt": "isn't there",
+        "missing.pt": "does not exist",
         "code.pt": "holds more than tensors and plain values",
         "list.pt": "holds a list, not a state dict",
         "text.pt": "is damaged or no checkpoint",
@@ -131,7 +131,7 @@ def test_load_weights_rejects_other_models_and_missing_files(tmp_path):
         ValueError, match=r"weights\.pt was written for another model than this Linear: these have other shapes"
     ):
         load_weights(nn.Linear(3, 4), path)
-    with pytest.raises(RuntimeError, match=r"missing\.pt isn't there"):
+    with pytest.raises(RuntimeError, match=r"missing\.pt does not exist"):
         load_weights(linear(), tmp_path / "missing.pt")
 
 
