@@ -39,11 +39,12 @@ def assert_resumes_exactly(
 
     Args:
         make_run: called with a folder for checkpoints; seeds, builds model, data and trainer, attaches a
-            ``CheckpointRotation`` over that folder, and returns ``(trainer, run)``, where ``run()`` trains to the end.
-        stops: the iterations after which to stop; by default each one but the last.
-        by: how the run is cut short: by ``"terminate"``, which saves once more, or by an ``"exception"`` after everything else
-            in that iteration, which writes nothing, like a kill: the resumed run begins at the last checkpoint, or afresh.
-        make_resumed: makes the resumed run if it is to differ in something that mustn't matter, such as the number of
+            ``CheckpointRotation`` over that folder, and returns ``(trainer, run)``. ``run()`` trains to the end.
+        stops: the iterations after which to stop; by default every iteration but the last.
+        by: how the run is stopped: by ``"terminate"``, which saves once more, or by an ``"exception"`` after everything else
+            in that iteration, which saves nothing, like a kill. Then the resumed run begins at the last checkpoint, or at
+            the start if there is none.
+        make_resumed: makes the resumed run if it must differ in something that should not matter, such as the number of
             workers; by default ``make_run``.
 
     Raises:
@@ -64,80 +65,93 @@ def assert_resumes_exactly(
     """
     check_choice(by, "by", ("terminate", "exception"))
     with tempfile.TemporaryDirectory() as folder:
-        whole, end = _trace(make_run, Path(folder))
-    for stop in range(1, len(whole)) if stops is None else stops:
+        full, end = _record(*make_run(Path(folder)))
+    for stop in range(1, len(full)) if stops is None else stops:
         with tempfile.TemporaryDirectory() as folder:
-            with suppress(_CutShort):
-                _trace(make_run, Path(folder), stop=stop, by=by)
-            resumed, resumed_end = _trace(make_resumed or make_run, Path(folder), resume=by)
-        where = f"stopped after iteration {stop} and resumed"
+            _stop_early(*make_run(Path(folder)), stop, by)
+            trainer, run = (make_resumed or make_run)(Path(folder))
+            _resume(trainer, must_exist=by == "terminate")
+            resumed, resumed_end = _record(trainer, run)
+        context = f"stopped after iteration {stop} and resumed"
         first = stop + 1 if by == "terminate" else min(resumed, default=stop + 1)
-        _compare_traces({k: v for k, v in whole.items() if k >= first}, resumed, where)
-        _compare(end, resumed_end, where, "at the end")
+        _compare_traces({k: v for k, v in full.items() if k >= first}, resumed, context)
+        _compare(end, resumed_end, context, "at the end")
 
 
-class _CutShort(Exception):
-    """Cuts a run short in the middle."""
+class _Stopped(Exception):
+    """Stops a run in the middle."""
 
 
-def _cut_short(engine: Trainer) -> None:
-    raise _CutShort
+def _stop_early(trainer: Trainer, run: Callable[[], Any], stop: int, by: str) -> None:
+    """Runs until an iteration has ended."""
+
+    def stop_run(engine: Trainer) -> None:
+        if by == "exception":
+            raise _Stopped
+        engine.terminate()
+
+    trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), stop_run)
+    with suppress(_Stopped):
+        run()
 
 
-def _terminate(engine: Trainer) -> None:
-    engine.terminate()
+def _resume(trainer: Trainer, must_exist: bool) -> None:
+    """Resumes from the newest checkpoint; one must exist after a run that was terminated."""
+    rotation = next((h for h in trainer.handlers.values() if hasattr(h, "resume")), None)
+    if rotation is None:
+        raise ValueError("make_run must attach a CheckpointRotation over the folder that it is given")
+    if rotation.resume("auto") is not None:
+        random.seed()  # nothing may depend on the seeds before the run
+        np.random.seed()
+        torch.manual_seed(random.getrandbits(32))
+    elif must_exist:
+        raise AssertionError("the stopped run left no checkpoint to resume from")
 
 
-def _trace(
-    make_run: MakeRun, folder: Path, stop: int | None = None, by: str = "", resume: str = ""
-) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-    """Runs once, and records for each iteration everything that a resumed run must reproduce."""
-    trainer, run = make_run(folder)
-    trace: dict[int, dict[str, Any]] = {}
+Trace = dict[int, dict[str, Any]]
 
-    def note_batch(engine: Trainer) -> None:
-        trace[engine.state.iteration] = {"batch": [_sum(t) for t in tensors(engine.state.batch)], "random state": _random()}
 
-    def note_step(engine: Trainer) -> None:
-        seen = trace[engine.state.iteration]
-        seen["loss"] = _sum(engine.state.loss)
-        for name, phase in engine.phases.items():
-            seen |= {f"learning rate {key}": rate for key, rate in engine.learning_rates(name)}
-            seen |= {f"weight {key} of {name}": _sum(p) for key, p in plain_state_dict(phase.module).items()}
-            seen[f"gradients of {name}"] = [None if p.grad is None else _sum(p.grad) for p in phase.parameters()]
-        seen["random state after the step"] = _random()
+def _record(trainer: Trainer, run: Callable[[], Any]) -> tuple[Trace, dict[str, Any]]:
+    """Runs to the end, and records everything that a resumed run must reproduce: for each iteration, and at the end."""
+    trace: Trace = {}
 
-    trainer.add_event_handler_at(-2000, Events.ITERATION_STARTED, note_batch)
-    trainer.add_event_handler_at(2000, Events.ITERATION_COMPLETED, note_step)
-    if stop is not None:
-        stop_run = _cut_short if by == "exception" else _terminate
-        trainer.add_event_handler_at(2001, Events.ITERATION_COMPLETED(once=stop), stop_run)
-    if resume:
-        rotation = next((h for h in trainer.handlers.values() if hasattr(h, "resume")), None)
-        if rotation is None:
-            raise ValueError("make_run must attach a CheckpointRotation over the folder that it is given")
-        if rotation.resume("auto") is not None:
-            random.seed()  # nothing may depend on the seeds before the run
-            np.random.seed()
-            torch.manual_seed(random.getrandbits(32))
-        elif resume == "terminate":
-            raise AssertionError("the stopped run left no checkpoint to resume from")
+    def record_batch(engine: Trainer) -> None:
+        batch = [_checksum(tensor) for tensor in tensors(engine.state.batch)]
+        trace[engine.state.iteration] = {"batch": batch, "random state": _random_states()}
+
+    def record_step(engine: Trainer) -> None:
+        trace[engine.state.iteration] |= _step_record(engine)
+
+    trainer.add_event_handler_at(-2000, Events.ITERATION_STARTED, record_batch)
+    trainer.add_event_handler_at(2000, Events.ITERATION_COMPLETED, record_step)
     run()
     end = trainer.checkpoint()
     end["handlers"] = {k: v for k, v in end["handlers"].items() if v}
     for entry in ("data", "metrics"):  # the data position is compared batch by batch
         end.pop(entry)
-    return trace, _frozen(end)
+    return trace, _checksums(end)
 
 
-def _random() -> list[int]:
+def _step_record(engine: Trainer) -> dict[str, Any]:
+    """The loss, learning rates, weights, gradients and random states after an iteration."""
+    record: dict[str, Any] = {"loss": _checksum(engine.state.loss)}
+    for name, phase in engine.phases.items():
+        record |= {f"learning rate {key}": rate for key, rate in engine.learning_rates(name)}
+        record |= {f"weight {key} of {name}": _checksum(value) for key, value in plain_state_dict(phase.module).items()}
+        record[f"gradients of {name}"] = [None if p.grad is None else _checksum(p.grad) for p in phase.parameters()]
+    record["random state after the step"] = _random_states()
+    return record
+
+
+def _random_states() -> list[int]:
+    """Checksums of the states of the global random generators."""
     python = zlib.crc32(repr(random.getstate()).encode())
     numpy = zlib.crc32(repr([np.asarray(part).tolist() for part in list(np.random.get_state())[1:]]).encode())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [python, numpy, _sum(torch.get_rng_state()), *map(_sum, cuda)]
+    return [python, numpy, _checksum(torch.get_rng_state()), *map(_checksum, cuda)]
 
 
-def _sum(tensor: Any) -> int:
+def _checksum(tensor: Any) -> int:
     """A checksum of a tensor's bits."""
     if not isinstance(tensor, torch.Tensor):
         return zlib.crc32(repr(tensor).encode())
@@ -147,35 +161,36 @@ def _sum(tensor: Any) -> int:
     return zlib.crc32(content.numpy().tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode()))
 
 
-def _frozen(value: Any) -> Any:
-    """A nest with checksums in place of tensors."""
+def _checksums(value: Any) -> Any:
+    """A nest with a checksum instead of each tensor."""
     if isinstance(value, torch.Tensor):
-        return {"tensor": _sum(value)}
+        return {"tensor": _checksum(value)}
     if isinstance(value, Mapping):
-        return {key: _frozen(item) for key, item in value.items()}
-    return [_frozen(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _checksums(item) for key, item in value.items()}
+    return [_checksums(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _compare_traces(whole: dict[int, dict[str, Any]], resumed: dict[int, dict[str, Any]], where: str) -> None:
-    if list(whole) != list(resumed):
-        raise AssertionError(f"{where}: it ran the iterations {_span(resumed)}, the uninterrupted run {_span(whole)}")
-    for iteration, seen in whole.items():
+def _compare_traces(full: Trace, resumed: Trace, context: str) -> None:
+    """Raises ``AssertionError`` at the first difference between two runs."""
+    if list(full) != list(resumed):
+        raise AssertionError(f"{context}: it ran the iterations {_span(resumed)}, the uninterrupted run {_span(full)}")
+    for iteration, seen in full.items():
         for name, value in seen.items():
             if resumed[iteration].get(name) != value:
-                raise AssertionError(f"{where}: the first thing that differs is the {name}, at iteration {iteration}")
+                raise AssertionError(f"{context}: the first difference is the {name}, at iteration {iteration}")
 
 
 def _span(trace: Mapping[int, Any]) -> str:
     return f"{min(trace)} to {max(trace)}" if trace else "none"
 
 
-def _compare(one: Any, other: Any, where: str, path: str) -> None:
+def _compare(one: Any, other: Any, context: str, path: str) -> None:
     """Raises ``AssertionError`` at the first difference between two nests."""
     if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
         for key in one:
-            _compare(one[key], other[key], where, f"{path}, {key}")
+            _compare(one[key], other[key], context, f"{path}, {key}")
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for number, (left, right) in enumerate(zip(one, other, strict=True)):
-            _compare(left, right, where, f"{path}[{number}]")
+            _compare(left, right, context, f"{path}[{number}]")
     elif one != other and not (one != one and other != other):  # NaN equals NaN here
-        raise AssertionError(f"{where}: {path} is {other!r:.80}, the uninterrupted run has {one!r:.80}")
+        raise AssertionError(f"{context}: {path} is {other!r:.80}, the uninterrupted run has {one!r:.80}")

@@ -141,7 +141,7 @@ def test_the_first_difference_is_named():
             trainer.add_event_handler(Events.STARTED, lambda: trainer.primary.optimizers[0].param_groups[0].update(lr=1.0))
         return trainer, run
 
-    with pytest.raises(AssertionError, match=r"first thing that differs is the (learning rate lr|weight .*), at iteration 6"):
+    with pytest.raises(AssertionError, match=r"first difference is the (learning rate lr|weight .*), at iteration 6"):
         assert_resumes_exactly(make_with_another_learning_rate, stops=[5])
 
 
