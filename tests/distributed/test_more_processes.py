@@ -91,7 +91,7 @@ def test_under_ddp_the_first_process_alone_writes_weights(told):
 def test_sums_that_fail_on_one_are_an_error_on_all_and_leave_no_litter(told):
     for seen in found(told("more"), "sums_that_fail_on_one"):
         assert seen["error"].startswith("OSError")
-        assert "rank 1 could not read again what it has written" in seen["error"]
+        assert "rank 1 could not read what it has written" in seen["error"]
         assert seen["litter"] == []
 
 
