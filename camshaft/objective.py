@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from camshaft.validation import name_of
+
 __all__ = ["FunctionObjective", "Objective", "as_objective"]
 
 
@@ -42,7 +44,7 @@ class FunctionObjective(Objective):
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         self.loss_fn = function
-        self.label = getattr(function, "label", None) or getattr(function, "__qualname__", None) or type(function).__name__
+        self.label = name_of(function)
 
     def __call__(self, engine: Any, prepared: Any) -> Any:
         return self.loss_fn(engine, prepared)

@@ -7,6 +7,7 @@ import logging
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -74,9 +75,10 @@ logger = logging.getLogger("camshaft")
 
 
 def name_of(function: Any) -> str:
-    """The name of a user's function in error messages."""
-    described = getattr(function, "label", None)
-    return described or getattr(function, "__qualname__", None) or type(function).__name__
+    """The name of a user's function in error messages: that of its class if it is an object."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__qualname__", None) or type(function).__name__
 
 
 def as_integer(value: Any) -> int | None:
@@ -234,10 +236,10 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
     return optimizers
 
 
-def stateful(function: Any) -> nn.Module | None:
+def stateful(objective: Any) -> nn.Module | None:
     """The loss function of an objective if it is a module with a state (weights of its own), otherwise ``None``."""
-    part = getattr(function, "loss_fn", function)
-    return part if isinstance(part, nn.Module) and part.state_dict() else None
+    loss_fn = objective.loss_fn
+    return loss_fn if isinstance(loss_fn, nn.Module) and loss_fn.state_dict() else None
 
 
 def bad_loss(loss: Any, source: str) -> Exception:
