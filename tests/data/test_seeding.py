@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from camshaft import seed_everything, worker_init_fn
+from camshaft import SeededDataset, seed_everything, worker_init_fn
 
 
 @pytest.fixture
@@ -108,3 +108,11 @@ def test_worker_seeds_are_in_the_range_of_numpy():
     random.seed(3)
     np.random.seed(3)
     assert (random.random(), np.random.rand()) == first
+
+
+def test_a_seed_may_be_an_integer_of_numpy(settings):
+    seed_everything(np.int64(5))
+    first = draw()
+    seed_everything(5)
+    assert draw() == first
+    assert type(SeededDataset(range(3), np.uint32(4)).seed) is int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,6 +119,13 @@ def test_conditions_are_passed_to_both_networks_and_the_penalty():
     assert len(critic.seen) == 4
     assert all(torch.equal(y, labels) for y in generator.seen + critic.seen)
     assert critic.embed.weight.grad is not None
+
+
+@pytest.mark.parametrize("latent", [np.int64(3), (np.int32(3),), [3]])
+def test_integers_of_numpy_are_integers(latent):
+    trainer = make(latent=latent, discriminator_steps=np.int64(2), penalty=R1(every=np.int64(2)))
+    trainer.run(data(4))
+    assert trainer.phases["generator"].optimizer_step == 2
 
 
 def test_latents_of_a_given_size_are_normal_in_the_dtype_of_the_generator():
