@@ -212,24 +212,26 @@ def check_optimizers(optimizer: Any, module: nn.Module, extra: nn.Module | None,
         if not isinstance(item, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {describe_type(item)}")
         if isinstance(item, torch.optim.LBFGS):
-            raise TypeError("optimizer LBFGS evaluates the loss several times per step, which one pass over data can't give")
+            raise TypeError(
+                "optimizer LBFGS is not supported: it evaluates the loss several times per step, but each batch is run once"
+            )
         kind = f"the optimizer {type(item).__name__} of phase {phase!r}"
         held = {id(p) for group in item.param_groups for p in group["params"]}
         if not held:
             raise ValueError(f"{kind} holds no parameters")
         if not held & known:
             raise ValueError(
-                f"{kind} holds no parameter of the model: it was made for another one, or before the model was replaced; "
-                "make it from model.parameters()"
+                f"{kind} holds no parameter of the model: it was made for another model, or before the model was "
+                "replaced; make it from model.parameters()"
             )
         if held & taken:
-            raise ValueError(f"{kind} holds parameters that another one holds too: they would be stepped twice")
+            raise ValueError(f"{kind} holds parameters that another optimizer holds too: they would be updated twice")
         taken |= held
     left_out = [name for name, p in plain_named_parameters(module).items() if p.requires_grad and id(p) not in taken]
     if left_out:
         names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         logger.warning(
-            "%d parameters of phase %r want a gradient and are in no optimizer, so that they will never be trained: %s. "
+            "%d parameters of phase %r require gradients but are in no optimizer, so that they will never be trained: %s. "
             "Make the optimizer after the last change of the model, or freeze them: camshaft.freeze(model, ...)",
             len(left_out), phase, names,
         )  # fmt: skip

@@ -1,3 +1,3 @@
-"""What helps a data loader: seeds, and batches fetched ahead."""
+"""Seeds for a data loader, and batches fetched ahead."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""What makes a GAN: objectives, losses, gradient penalties."""
+"""The parts of a GAN: objectives, losses, gradient penalties."""
 
 __all__: list[str] = []

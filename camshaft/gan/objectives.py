@@ -85,12 +85,12 @@ class GANState:
 class DiscriminatorObjective(Objective):
     """The discriminator's objective: its loss of real and generated samples, and the penalties of this step."""
 
-    def __init__(self, gan: GANState, loss: Callable[..., Any], penalties: tuple[Any, ...], named: Any) -> None:
+    def __init__(self, gan: GANState, loss: Callable[..., Any], penalties: tuple[Any, ...], loss_argument: Any) -> None:
         self.gan, self.loss = gan, loss
         self.penalties = tuple((penalty, penalty_interval(penalty)) for penalty in penalties)
-        self.label = describe_loss(named, loss)
+        self.label = describe_loss(loss_argument, loss)
         self.device = torch.device("cpu")
-        self._none: torch.Tensor | None = None
+        self._zero: torch.Tensor | None = None
 
     @property
     def non_blocking(self) -> bool:  # type: ignore[override]
@@ -144,17 +144,17 @@ class DiscriminatorObjective(Objective):
 
     def no_penalty(self) -> torch.Tensor:
         """A zero on the device, created once."""
-        if self._none is None:
-            self._none = torch.zeros((), device=self.device)
-        return self._none
+        if self._zero is None:
+            self._zero = torch.zeros((), device=self.device)
+        return self._zero
 
 
 class GeneratorObjective(Objective):
     """The generator's objective: its loss of the scores of generated samples."""
 
-    def __init__(self, gan: GANState, loss: Callable[..., Any], named: Any) -> None:
+    def __init__(self, gan: GANState, loss: Callable[..., Any], loss_argument: Any) -> None:
         self.gan, self.loss = gan, loss
-        self.label = describe_loss(named, loss)
+        self.label = describe_loss(loss_argument, loss)
 
     def prepare(self, engine: Any, batch: Any) -> None:
         """Uses the real batch of the discriminator's turn."""
@@ -177,9 +177,9 @@ def location(engine: Any) -> str:
     return f" in iteration {engine.state.iteration}, in the turn of the {engine.state.phase}"
 
 
-def describe_loss(named: Any, loss: Callable[..., Any]) -> str:
+def describe_loss(argument: Any, loss: Callable[..., Any]) -> str:
     """The name of a loss in errors: as the user wrote it, or that of its function."""
-    return f"loss {named!r}" if isinstance(named, str) else f"loss {name_of(loss)}"
+    return f"loss {argument!r}" if isinstance(argument, str) else f"loss {name_of(loss)}"
 
 
 def latents_from(latent: Any, generator: nn.Module) -> Callable[[int, torch.device], Any]:

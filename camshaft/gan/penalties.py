@@ -46,7 +46,7 @@ def gradient_penalty(
     Raises:
         TypeError: if the samples are not floating-point tensors or the critic can't be called.
         ValueError: if shapes do not match, the critic does not return one number per sample, or is under ``fully_shard``.
-        RuntimeError: under ``no_grad``, where the penalty could not train anything.
+        RuntimeError: under ``no_grad``: the penalty could not train anything.
 
     Example:
         >>> critic = torch.nn.Linear(3, 1)

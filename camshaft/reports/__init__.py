@@ -1,3 +1,3 @@
-"""What a trainer says of itself: its cycle, and what would make it faster."""
+"""Reports about a trainer: its training cycle, and what would make it faster."""
 
 __all__: list[str] = []

@@ -72,7 +72,7 @@ def test_gradients_of_parameters_outside_the_model_raise():
         trainer.run(batches(5))
 
 
-@pytest.mark.filterwarnings("ignore:.* want a gradient and are in no optimizer")
+@pytest.mark.filterwarnings("ignore:.* require gradients but are in no optimizer")
 def test_a_submodule_without_an_optimizer_raises():
     model = network()
     optimizer = SGD(model[4].parameters(), lr=LEARNING_RATE)

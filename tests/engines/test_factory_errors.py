@@ -52,7 +52,7 @@ def test_parameters_without_an_optimizer_give_a_warning(caplog):
     optimizer = sgd(model)
     model[1] = nn.Linear(2, 2)  # after the optimizer was made
     trainer_of(model, optimizer)
-    assert "2 parameters of phase 'model' want a gradient and are in no optimizer" in caplog.text
+    assert "2 parameters of phase 'model' require gradients but are in no optimizer" in caplog.text
     assert "1.weight, 1.bias" in caplog.text
 
 
@@ -82,7 +82,7 @@ def test_an_optimizer_without_parameters_raises():
             "must be a torch.optim.Optimizer.*got the class SGD; make one: SGD\\(\\.\\.\\.\\)",
         ),
         (lambda model: [sgd(model), None], TypeError, "must be a torch.optim.Optimizer.*got NoneType"),
-        (lambda model: [sgd(model), sgd(model)], ValueError, "stepped twice"),
+        (lambda model: [sgd(model), sgd(model)], ValueError, "updated twice"),
         (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS"),
     ],
 )
