@@ -67,7 +67,7 @@ def test_a_file_without_a_checksum_is_loaded_only_if_allowed(tmp_path):
 def test_loading_a_folder_or_a_missing_file_raises(tmp_path):
     with pytest.raises(CheckpointError, match="is not a file"):
         load_checked(tmp_path)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         load_checked(tmp_path / "nothing.pt")
 
 
