@@ -1,5 +1,7 @@
 """Small trainers for the tests of the speed report."""
 
+import re
+
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -34,3 +36,18 @@ def small_gan(**options):
     torch.manual_seed(2)
     networks = nn.Linear(4, 2), nn.Linear(2, 1)
     return create_gan_trainer(*networks, *(torch.optim.Adam(n.parameters()) for n in networks), latent=4, **options)
+
+
+def advice_about(word, text):
+    """The line of the report that contains the text, with its explanation."""
+    (found,) = re.findall(rf"^.*{re.escape(word)}.*(?:\n      .*)?", text, re.MULTILINE)
+    return found
+
+
+def already_enabled(text):
+    line = next((line for line in text.splitlines() if line.startswith("enabled already: ")), "")
+    return re.split(r", (?!\w+=)(?!\.)", line.removeprefix("enabled already: "))
+
+
+def suggestions(advice):
+    return [item.suggestion for item in advice if not item.enabled]

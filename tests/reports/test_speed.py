@@ -1,4 +1,4 @@
-"""What ``explain(speed=True)`` suggests. No test depends on how fast anything is."""
+"""What ``explain(speed=True)`` suggests for optimizers and models. No test depends on how fast anything is."""
 
 import os
 import re
@@ -7,14 +7,23 @@ import sys
 
 import pytest
 import torch
-from speed_runs import MEASUREMENT, picture_data, picture_trainer, small_gan, speed_report
+from speed_runs import (
+    MEASUREMENT,
+    advice_about,
+    already_enabled,
+    picture_data,
+    picture_trainer,
+    small_gan,
+    speed_report,
+    suggestions,
+)
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from toys import batches, linear, sgd, trainer_of
 
 from camshaft import GradientPenalty, Phase, StepEvents, Trainer, create_trainer
-from camshaft.reports.speed import about_data, about_kernel, is_quick_at_bf16
+from camshaft.reports.speed import about_kernel, is_quick_at_bf16
 from camshaft.reports.timing import time_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,21 +33,6 @@ CHANNELS_LAST = "model.to(memory_format=torch.channels_last)"
 
 
 needs_bf16 = pytest.mark.skipif(not is_quick_at_bf16(CPU), reason="the CPU has no instructions for bfloat16")
-
-
-def advice_about(word, text):
-    """The line of the report that contains the text, with its explanation."""
-    (found,) = re.findall(rf"^.*{re.escape(word)}.*(?:\n      .*)?", text, re.MULTILINE)
-    return found
-
-
-def already_enabled(text):
-    line = next((line for line in text.splitlines() if line.startswith("enabled already: ")), "")
-    return re.split(r", (?!\w+=)(?!\.)", line.removeprefix("enabled already: "))
-
-
-def suggestions(advice):
-    return [item.suggestion for item in advice if not item.enabled]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
@@ -220,72 +214,6 @@ def test_a_wrapped_network_is_not_measured():
     trainer.run(DataLoader(picture_data(), 4))
     trainer.primary.module = nn.DataParallel(trainer.primary.module)
     assert "the network is wrapped (DataParallel)" in advice_about(CHANNELS_LAST, speed_report(trainer))
-
-
-UNKNOWN_DATA = "the data is not known before the first run, so that nothing is suggested for its loader"
-
-
-def test_before_the_first_run_the_data_is_unknown():
-    assert speed_report(trainer_of()).endswith(UNKNOWN_DATA)
-
-
-def test_after_a_run_the_data_is_known():
-    trainer = trainer_of()
-    trainer.run(batches(2))
-    assert UNKNOWN_DATA not in speed_report(trainer)
-
-
-@pytest.mark.usefixtures("collected")
-def test_the_start_of_workers_is_measured():
-    trainer = picture_trainer()
-    trainer.run(DataLoader(picture_data(), 4, num_workers=1), max_epochs=2)
-    assert re.search(
-        r"measured \d+ ms an epoch", advice_about("DataLoader(..., persistent_workers=True)", speed_report(trainer))
-    )
-
-
-@pytest.mark.usefixtures("collected")
-def test_enabled_persistent_workers_are_not_suggested():
-    trainer = picture_trainer()
-    trainer.run(DataLoader(picture_data(), 4, num_workers=1, persistent_workers=True), max_epochs=2)
-    assert "DataLoader(..., persistent_workers=True)" in already_enabled(speed_report(trainer))
-
-
-def test_persistent_workers_are_not_suggested_for_one_epoch():
-    loader = DataLoader(picture_data(), 4, num_workers=1)
-    assert list(about_data(loader, CPU, non_blocking=True, epochs=1)) == []
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no room for workers")
-def test_workers_are_suggested_for_a_loader_without_workers():
-    (word,) = suggestions(about_data(DataLoader(picture_data(), 4), CPU, non_blocking=True, epochs=2))
-    assert re.fullmatch(r"DataLoader\(\.\.\., num_workers=[1-4]\)", word)
-
-
-class Stream(IterableDataset):
-    """A dataset without a length."""
-
-    def __iter__(self):
-        return iter(range(4))
-
-
-def test_workers_are_not_suggested_for_an_iterable_dataset():
-    assert list(about_data(DataLoader(Stream()), CPU, non_blocking=True, epochs=2)) == []
-
-
-def test_pinned_memory_and_prefetch_are_suggested_for_a_gpu():
-    found = suggestions(about_data(DataLoader(picture_data(), 4, num_workers=1), CUDA, non_blocking=True, epochs=1))
-    assert found == ["DataLoader(..., pin_memory=True)", "Prefetch(loader, device)"]
-
-
-def test_non_blocking_copies_are_suggested_for_pinned_memory():
-    loader = DataLoader(picture_data(), 4, num_workers=1, pin_memory=True)
-    assert "non_blocking=True" in suggestions(about_data(loader, CUDA, non_blocking=False, epochs=1))
-    assert "non_blocking=True" not in suggestions(about_data(loader, CUDA, non_blocking=True, epochs=1))
-
-
-def test_nothing_is_suggested_for_unknown_data_on_a_gpu():
-    assert list(about_data(None, CUDA, non_blocking=True, epochs=None)) == []
 
 
 def test_anomaly_detection_is_reported():
