@@ -25,7 +25,7 @@ LAYERS = [
     ["camshaft.reports", "camshaft.cudagraphs", "camshaft.checkpoints", "camshaft.gan"],
     ["camshaft.distributed"],
     ["camshaft.protocols"],
-    ["camshaft.data", "camshaft.handler", "camshaft.grad_norms", "camshaft.objective", "camshaft.precision"],
+    ["camshaft.data", "camshaft.handler", "camshaft.grad_norms", "camshaft.objective", "camshaft.precision", "camshaft.points"],
     ["camshaft.distributed.collectives", "camshaft.distributed.dtensors", "camshaft.distributed.failures"],
     ["camshaft.validation", "camshaft.metrics", "camshaft.optimizers", "camshaft.tensorboard_tags"],
     ["camshaft.events", "camshaft.models", "camshaft.pytree", "camshaft.rng", "camshaft.serialization"],

@@ -78,18 +78,14 @@ class FolderLock:
             FolderInUseError: if another run has taken the folder.
             OSError: if the folder or the lock file cannot be written.
         """
-        self.check_not_taken_over()
+        if self.was_taken_over:
+            raise FolderInUseError(
+                f"{self.folder} belongs to a CheckpointRotation that was attached later, or runs; detach() that one, or give each "
+                "run a folder of its own"
+            )
         if self._lock is not None and not self._is_in_place():
             self._unlock()
             self._lock = self._locked()
-
-    def check_not_taken_over(self) -> None:
-        """Raises ``FolderInUseError`` if a later handler of this process has taken the folder over."""
-        if self.was_taken_over:
-            raise FolderInUseError(
-                f"{self.folder} belongs to a CheckpointRotation that was attached later; detach() that one and attach this one "
-                "again, or give each run a folder of its own"
-            )
 
     def release(self) -> None:
         """Gives the folder back; does nothing if it is not held."""

@@ -170,8 +170,9 @@ class CheckpointRotation(Handler):
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
         """A new run has saved nothing yet; a resumed one has nothing new."""
-        if is_main_process():
-            self._lock.check_not_taken_over()
+        if is_main_process() and self._lock.was_taken_over:  # by a trainer that is not running, or take_folder raises
+            take_folder(self._lock, engine)
+            self._writer = None  # the other may have written
         self.policy.start(moment_of(engine) if engine.state.iteration > 0 else None)
         if self.watch is not None:
             self.watch.start(engine)

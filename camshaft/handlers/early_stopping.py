@@ -8,23 +8,24 @@ from typing import Any
 from camshaft.events import Events, Priority
 from camshaft.handler import Handler, Listener, on, stop
 from camshaft.metrics import MetricWatch, better, check_mode
+from camshaft.validation import check_count
 
 __all__ = ["EarlyStopping"]
 
 
 class EarlyStopping(Handler):
-    """Ends the run at the ``patience``-th evaluation in a row that brings no improvement.
+    """Ends the run at the ``patience``-th evaluation in a row without improvement.
 
-    Best score and patience are saved in every checkpoint. A score that isn't finite is no improvement and never the best.
+    The best score and the count are saved in every checkpoint. A score that is not finite is not an improvement.
 
     Args:
         metric: the name of the score in ``state.metrics``, such as ``"val/accuracy"``.
-        mode: ``"max"`` where more is better, ``"min"`` where less is.
-        patience: how many evaluations in a row without improvement end the run.
-        min_delta: by how much a score must beat the best to count.
+        mode: ``"max"`` if more is better, ``"min"`` if less is better.
+        patience: the number of evaluations in a row without improvement that ends the run.
+        min_delta: the amount by which a score must exceed the best one to be an improvement.
 
     Raises:
-        ValueError: if ``mode``, ``patience`` or ``min_delta`` isn't allowed; in the run if the metric never appears.
+        ValueError: if ``mode``, ``patience`` or ``min_delta`` is not allowed; during the run, if the metric never appears.
 
     Example:
         >>> stopping = EarlyStopping("val/loss", mode="min", patience=3)
@@ -36,32 +37,30 @@ class EarlyStopping(Handler):
 
     def __init__(self, metric: str, *, mode: str = "max", patience: int = 5, min_delta: float = 0.0) -> None:
         check_mode(mode, metric)
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience must be a positive integer, got {patience!r}")
         if not isinstance(min_delta, (int, float)) or not 0 <= min_delta < float("inf"):
             raise ValueError(f"min_delta must be a finite number of at least 0, got {min_delta!r}")
         self.watch = MetricWatch(metric, "EarlyStopping")
-        self.mode, self.patience, self.min_delta = mode, patience, min_delta
+        self.mode, self.patience, self.min_delta = mode, check_count(patience, "patience"), min_delta
         self.best: float | None = None
         """The best score so far."""
         self.stale = 0
-        """How many evaluations in a row have brought no improvement."""
+        """The number of evaluations in a row without improvement."""
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run begins with full patience; a resumed one continues."""
+        """Resets the count in a new run; a resumed run continues it."""
         self.watch.start(engine)
         if engine.state.iteration == 0:
             self.best, self.stale = None, 0
-        elif self.stale >= self.patience:  # resumed if it had ended
+        elif self.stale >= self.patience:  # resumed from the end of a stopped run
             self._stop(engine)
 
     def on_attach(self, engine: Any) -> None:
-        """Has the engine count its metrics."""
+        """Makes the engine count its metrics."""
         self.watch.attach(engine)
 
     def listeners(self) -> Iterator[Listener]:
-        """The end of each epoch, and of an iteration in which the score was evaluated."""
+        """Yields the events at which a new score may exist."""
         yield from super().listeners()
         yield Listener(Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED, self.judge, Priority.JUDGE)
         yield Listener(Events.COMPLETED, self.check_at_end, Priority.SAVE + 2)
@@ -70,7 +69,7 @@ class EarlyStopping(Handler):
         return self.watch.is_new(engine)
 
     def judge(self, engine: Any) -> None:
-        """Judges a new score, and ends the run where patience is spent."""
+        """Compares a new score with the best one, and ends the run if patience has run out."""
         if not self.watch.is_new(engine):
             self.watch.check_exists(engine)
             return
@@ -83,7 +82,7 @@ class EarlyStopping(Handler):
             self._stop(engine)
 
     def check_at_end(self, engine: Any) -> None:
-        """A metric that a run has ended without is a mistake."""
+        """Raises ``ValueError`` if the metric has never appeared."""
         self.watch.check_at_end(engine)
 
     def _stop(self, engine: Any) -> None:

@@ -1,4 +1,4 @@
-"""Hands cached device memory back."""
+"""Releases cached device memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["EmptyCache"]
 
 
 class EmptyCache(Handler):
-    """Collects garbage and hands the accelerator's cached memory back, by default after each epoch.
+    """Collects garbage and releases the accelerator's cached memory, by default after each epoch.
 
-    It makes no memory that PyTorch needs; it helps where another program shares the device, or where evaluation needs other
-    sizes than training. Once per iteration it would slow training down.
+    This gives PyTorch no additional memory. It helps if another program shares the device, or if evaluation needs tensors of
+    other sizes than training. In every iteration it would slow training down.
 
     Args:
-        every: the event, or events, at which to do it.
+        every: the event or events on which it runs.
 
     Raises:
-        TypeError: if ``every`` is no event.
+        TypeError: if ``every`` is not an event.
 
     Example:
         >>> cache = EmptyCache(every=Events.EPOCH_COMPLETED(every=5))
@@ -34,12 +34,12 @@ class EmptyCache(Handler):
         self.every = split(every)
 
     def listeners(self) -> Iterator[Listener]:
-        """The events asked for."""
+        """Yields the events in ``every``."""
         for event in self.every:
             yield Listener(event, self.empty, Priority.LOG)
 
     def empty(self, engine: Any) -> None:
-        """Collects and hands back; without an accelerator only the garbage is collected."""
+        """Collects garbage, and releases cached memory if there is an accelerator."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

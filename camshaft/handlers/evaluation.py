@@ -1,4 +1,4 @@
-"""Evaluation in the middle of training, which training doesn't notice."""
+"""Evaluation during training, without side effects on training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["Evaluation"]
 class Evaluation(Handler):
     """Runs an evaluator over data and puts its metrics into the trainer's ``state.metrics`` as ``"<prefix>/<metric>"``.
 
-    The training flag of every submodule and every random generator are afterwards as they were. At the end of a run it
-    runs once more where the weights have changed since.
+    The training flag of every submodule and every random generator are restored afterwards. At the end of a run it runs once
+    more if the weights have changed since.
 
     Args:
         evaluator: an engine with metrics, from :func:`create_evaluator` or any Ignite engine.
-        data: what it runs over.
-        every: the event, or events, at which it runs.
-        prefix: what its metrics' names begin with.
-        ema: an ``ExponentialMovingAverage``, whose averaged weights are swapped in while the evaluator runs.
+        data: the data of the evaluation.
+        every: the event or events on which it runs.
+        prefix: the prefix of the metrics' names.
+        ema: an ``ExponentialMovingAverage`` whose averaged weights are used while the evaluator runs.
 
     Raises:
-        TypeError: if ``evaluator`` is no engine, ``every`` no event, or ``data`` can't be passed over.
+        TypeError: if ``evaluator`` is not an engine, ``every`` is not an event, or ``data`` can't be iterated over repeatedly.
         ValueError: if it is attached to its own evaluator.
 
     Example:
@@ -59,9 +59,9 @@ class Evaluation(Handler):
         if not isinstance(evaluator, Engine):
             raise TypeError(f"evaluator must be an Ignite engine, got {type(evaluator).__name__}")
         if not hasattr(data, "__iter__"):
-            raise TypeError(f"data must be batches that can be passed over, got {type(data).__name__}")
+            raise TypeError(f"data must be batches that can be iterated over, got {type(data).__name__}")
         if isinstance(data, Iterator):
-            raise TypeError(f"data must be batches that can be passed over again and again, got a {type(data).__name__}")
+            raise TypeError(f"data must be batches that can be iterated over again and again, got a {type(data).__name__}")
         if not isinstance(prefix, str) or not prefix:
             raise TypeError(f"prefix must be a name such as 'val', got {prefix!r}")
         if ema is not None and not hasattr(ema, "swapped_in"):
@@ -77,7 +77,7 @@ class Evaluation(Handler):
         return f"Evaluation/{self.prefix}"
 
     def on_attach(self, engine: Any) -> None:
-        """An evaluator can't run inside itself."""
+        """Checks that the engine is not the evaluator itself."""
         if engine is self.evaluator:
             raise ValueError(
                 "Evaluation runs its evaluator in the middle of a trainer's run, so it can't be attached to that evaluator; "
@@ -85,18 +85,18 @@ class Evaluation(Handler):
             )
 
     def listeners(self) -> Iterator[Listener]:
-        """The events asked for, before whatever judges the results."""
+        """Yields the events in ``every``, before the handlers that use the results."""
         yield from super().listeners()
         for event in self.every:
             yield Listener(event, self.evaluate, Priority.EVALUATE)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run has its own last evaluation."""
+        """Forgets the last evaluation of an earlier run."""
         self.evaluated_at = None
 
     def evaluate(self, engine: Any) -> None:
-        """Runs the evaluator and hands its metrics on."""
+        """Runs the evaluator, and copies its metrics to the trainer."""
         modules = [phase.module for phase in getattr(engine, "phases", {}).values()]
         averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
         with preserve_training_mode(*modules), preserve_rng_state(), averaged:
@@ -105,7 +105,7 @@ class Evaluation(Handler):
             except Exception:
                 if getattr(engine, "ending", None) is None or world_size() > 1:
                     raise
-                return  # what is about to end the run has ended the loader's workers first
+                return  # the signal that ends the run has ended the loader's workers first
         self.has_run = True
         self.evaluated_at = self._clock(engine)
         for name, value in self.evaluator.state.metrics.items():
@@ -113,7 +113,7 @@ class Evaluation(Handler):
 
     @on(Events.COMPLETED, priority=Priority.EVALUATE)
     def finish(self, engine: Any) -> None:
-        """Evaluates the final weights where that hasn't been done; nothing is judged by it, for the run is over."""
+        """Evaluates the final weights if they have not been evaluated; early stopping ignores the result."""
         if self.evaluated_at != self._clock(engine) and engine.state.iteration > 0:
             self.evaluate(engine)
 

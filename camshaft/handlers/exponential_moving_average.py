@@ -22,15 +22,15 @@ __all__ = ["ExponentialMovingAverage"]
 class ExponentialMovingAverage(Handler):
     """Keeps an exponential moving average of the weights, updated once per completed optimizer step.
 
-    torch's ``AveragedModel`` underneath; buffers (BatchNorm statistics) are copied. It is saved in every checkpoint. Where FSDP2
-    has split the model, each process averages its part, and the average is used by :meth:`swapped_in`, on every process.
+    Uses torch's ``AveragedModel``; buffers (BatchNorm statistics) are copied. The average is saved in every checkpoint. Under
+    FSDP2 each rank averages its shards, and :meth:`swapped_in` must be used on every rank.
 
     Args:
-        decay: how much of the average is kept at each step, between 0 and 1: ``average = decay * average + (1 - decay) * w``.
-        phase: the phase whose model is averaged; the last by default (in a GAN the generator).
+        decay: the decay rate, between 0 and 1: ``average = decay * average + (1 - decay) * weights``.
+        phase: the phase whose model is averaged; by default the last (in a GAN the generator).
 
     Raises:
-        ValueError: if ``decay`` isn't between 0 and 1.
+        ValueError: if ``decay`` is not between 0 and 1.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ class ExponentialMovingAverage(Handler):
         >>> model = nn.Linear(8, 1)
         >>> trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.functional.mse_loss)
         >>> ema = ExponentialMovingAverage(0.99).attach(trainer)
-        >>> with ema.swapped_in():  # the model has the averaged weights in here
+        >>> with ema.swapped_in():  # the model has the averaged weights here
         ...     y = model(torch.zeros(1, 8))
     """
 
@@ -47,7 +47,7 @@ class ExponentialMovingAverage(Handler):
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay < 1:
             raise ValueError(f"decay must be a number between 0 and 1, got {decay!r}")
         self.decay, self.phase = decay, phase
-        self.averaged: AveragedModel | SplitAverage | None = None
+        self.averaged: AveragedModel | ShardedAverage | None = None
         self._model: nn.Module | None = None
         self._phase_name = ""
 
@@ -56,43 +56,43 @@ class ExponentialMovingAverage(Handler):
         """The averaged model, a copy of the trained one.
 
         Raises:
-            RuntimeError: if the handler hasn't been attached, or FSDP2 has split the model, which can't be copied then.
+            RuntimeError: if the handler has not been attached, or if FSDP2 has sharded the model, which can't be copied.
         """
         if self.averaged is None:
             raise RuntimeError("ExponentialMovingAverage has no average before it is attached to a trainer")
-        if isinstance(self.averaged, SplitAverage):
+        if isinstance(self.averaged, ShardedAverage):
             raise RuntimeError(
-                "a model under fully_shard can't be copied: its average is no module of its own. Use it by "
+                "a model under fully_shard can't be copied, so its average is not a module. Use it by "
                 "'with ema.swapped_in() as model:' on every rank, or by Evaluation(..., ema=ema)"
             )
         return self.averaged.module
 
     def on_attach(self, engine: Any) -> None:
-        """Copies the model as it is now."""
+        """Copies the model, which is the first average."""
         phase = engine.phases_named(self.phase)[-1]
         self._model, self._phase_name = unwrap(phase.module), phase.name
         if self.averaged is None and is_sharded(self._model):
-            self.averaged = SplitAverage(self._model, self.decay)
+            self.averaged = ShardedAverage(self._model, self.decay)
         elif self.averaged is None:
             self.averaged = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
             self.averaged.requires_grad_(False)
 
     @on(StepEvents.OPTIMIZER_STEP_COMPLETED, priority=Priority.AVERAGE)
     def update(self, engine: Any) -> None:
-        """Takes the new weights into the average."""
+        """Updates the average with the new weights."""
         if engine.state.phase != self._phase_name:
             return
         assert self.averaged is not None
         assert self._model is not None
         self.averaged.update_parameters(self._model)
-        if isinstance(self.averaged, SplitAverage):
+        if isinstance(self.averaged, ShardedAverage):
             return
         for average, buffer in zip(self.averaged.module.buffers(), self._model.buffers(), strict=True):
             average.copy_(buffer)
 
     @contextmanager
     def swapped_in(self) -> Iterator[nn.Module]:
-        """The trained model has the averaged weights inside the block, and its own again afterwards.
+        """Gives the trained model the averaged weights inside the block, and its own afterwards.
 
         Yields:
             The trained model.
@@ -108,7 +108,7 @@ class ExponentialMovingAverage(Handler):
 
     def _averaged_state(self) -> dict[str, Any]:
         """The averaged weights, under the names of the model."""
-        return self.averaged.state if isinstance(self.averaged, SplitAverage) else dict(self.module.state_dict())
+        return self.averaged.state if isinstance(self.averaged, ShardedAverage) else dict(self.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates."""
@@ -120,14 +120,14 @@ class ExponentialMovingAverage(Handler):
         """Resumes from a checkpoint's average."""
         if self.averaged is None or not state:
             return
-        if isinstance(self.averaged, SplitAverage):
+        if isinstance(self.averaged, ShardedAverage):
             self.averaged.load(state["module"])
         else:
             self.module.load_state_dict(state["module"])
         self.averaged.n_averaged.copy_(state["updates"])
 
 
-class SplitAverage:
+class ShardedAverage:
     """The average of a model that FSDP2 has split: what ``AveragedModel`` does, to each process's own part.
 
     Args:

@@ -1,4 +1,4 @@
-"""Parameters that stay frozen until an epoch or a step."""
+"""Freezes parameters until an epoch or a step."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from camshaft.distributed.collectives import world_size
 from camshaft.events import Events, StepEvents
 from camshaft.handler import Handler, on
 from camshaft.models import ddp_wrapper, freeze, matching, unfreeze
+from camshaft.validation import check_optional_count
 
 __all__ = ["FreezeParameters"]
 
 
 class FreezeParameters(Handler):
-    """Freezes the parameters whose names match, and lets them train again when their time has come.
+    """Freezes the parameters whose names match, and unfreezes them at an epoch or an optimizer step.
 
-    Frozen parameters have no gradient, so neither momentum nor weight decay moves them, though the optimizer holds them.
-    Under DDP make it with ``find_unused_parameters=True``.
+    Frozen parameters have no gradient, so neither momentum nor weight decay changes them, even if the optimizer has them.
+    DDP needs ``find_unused_parameters=True``.
 
     Args:
         patterns: ``fnmatch`` patterns over parameter names, such as ``"encoder.*"``.
-        until_epoch: the first epoch in which they train; by default never.
+        until_epoch: the first epoch in which they are trained; by default never.
         until_step: the first optimizer step that trains them, instead.
-        phase: the phase whose model is meant; the first by default.
+        phase: the phase of the model; by default the first.
 
     Raises:
-        ValueError: if a number isn't positive, or at ``attach`` where a pattern matches nothing, or a
-            ``DistributedDataParallel`` would wait for the gradients of what is frozen.
+        ValueError: if a number is not positive; at ``attach``, if a pattern matches nothing, or DDP would wait for the
+            gradients of frozen parameters.
 
     Example:
         >>> frozen = FreezeParameters("encoder.*", until_epoch=3)
@@ -42,14 +43,13 @@ class FreezeParameters(Handler):
     ) -> None:
         if until_epoch is not None and until_step is not None:
             raise ValueError("until_epoch and until_step exclude each other; give only one of them")
-        for name, value in (("until_epoch", until_epoch), ("until_step", until_step)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        until_epoch = check_optional_count(until_epoch, "until_epoch")
+        until_step = check_optional_count(until_step, "until_step")
         self.patterns, self.until_epoch, self.until_step, self.phase = patterns, until_epoch, until_step, phase
         self._held: tuple[str, ...] = ()
 
     def on_attach(self, engine: Any) -> None:
-        """Freezes them; those that were frozen before stay so for good."""
+        """Freezes the parameters; those that were frozen before stay frozen."""
         self._phase = engine.phases_named(self.phase)[0]
         found = matching(self._phase.module, self.patterns)
         if world_size() > 1 and not self._phase.reduced_by_hand:
@@ -59,12 +59,12 @@ class FreezeParameters(Handler):
         self._held = tuple(sorted(trainable))
 
     def on_detach(self, engine: Any) -> None:
-        """Lets them train again."""
+        """Unfreezes the parameters."""
         self._release()
 
     @on(Events.STARTED | Events.EPOCH_STARTED | StepEvents.OPTIMIZER_STEP_COMPLETED)
-    def look_at_the_clock(self, engine: Any) -> None:
-        """Lets them train again when their time has come."""
+    def unfreeze_if_due(self, engine: Any) -> None:
+        """Unfreezes the parameters at their epoch or step."""
         if not self._held:
             return
         state = engine.state
@@ -81,7 +81,7 @@ class FreezeParameters(Handler):
 
 
 def check_reduction(wrapper: Any, found: Mapping[str, nn.Parameter]) -> None:
-    """Sees that DDP, which settles at its making what travels, can do with parameters that stop training or begin to.
+    """Checks that DDP, which chooses the gradients to reduce when it is made, supports parameters that are unfrozen later.
 
     Args:
         wrapper: the ``DistributedDataParallel``, if there is one.
@@ -102,4 +102,4 @@ def check_reduction(wrapper: Any, found: Mapping[str, nn.Parameter]) -> None:
 
 
 LITERAL = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})
-"""Makes an fnmatch pattern of a name that may hold its special characters."""
+"""Escapes a name for use as an fnmatch pattern."""

@@ -1,4 +1,4 @@
-"""Gradient clipping by norm, by value or by a function, and the norm for everyone to see."""
+"""Gradient clipping by norm, by value or by a function, and the gradient norm."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["GradientClipping"]
 
 
 class GradientClipping(Handler):
-    """Clips the true gradient (unscaled, normalised) of every window, and measures its total norm.
+    """Clips the true gradient (unscaled, normalized) of every window, and measures its total norm.
 
-    ``state.grad_norm`` is the norm before clipping, a tensor on the device that nobody waits for. Without a bound it is only
-    measured. The norm is that of Pascanu et al. 2013 (https://arxiv.org/abs/1211.5063), by ``torch.nn.utils``.
+    ``state.grad_norm`` is the norm before clipping, a tensor on the device; nothing waits for it. Without a bound the norm is
+    only measured. Clipping by norm is that of Pascanu et al. 2013 (https://arxiv.org/abs/1211.5063), by ``torch.nn.utils``.
 
     Args:
-        max_norm: the largest total norm over all parameters.
-        norm_type: the norm's order: 2, 1, ``float("inf")`` or any other positive number.
-        clip_value: the largest absolute value of an entry; applied after ``max_norm`` if both are given.
-        function: clips in a way of its own: called with the list of parameters whose ``.grad`` it may change in place.
-        phase: the phase that it is for; all of them by default.
+        max_norm: the maximum total norm over all parameters.
+        norm_type: the order of the norm: 2, 1, ``float("inf")`` or any other positive number.
+        clip_value: the maximum absolute value of an entry; applied after ``max_norm`` if both are given.
+        function: any other way to clip: called with the list of parameters, whose ``.grad`` it may change in place.
+        phase: the phase it applies to; all of them by default.
 
     Raises:
-        ValueError: if a bound isn't positive, or ``function`` comes with a bound.
-        TypeError: if ``function`` isn't callable.
+        ValueError: if a bound is not positive, or ``function`` is combined with a bound.
+        TypeError: if ``function`` is not callable.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ class GradientClipping(Handler):
         if function is not None and not callable(function):
             raise TypeError(f"function must be callable, got {function!r}")
         if function is not None and (max_norm is not None or clip_value is not None):
-            raise ValueError("function clips in its own way: it can't be combined with max_norm or clip_value")
+            raise ValueError("function can't be combined with max_norm or clip_value")
         self.max_norm, self.norm_type, self.clip_value = max_norm, float(norm_type), clip_value
         self.function, self.phase = function, phase
 
@@ -100,7 +100,7 @@ class GradientClipping(Handler):
         return norm
 
     def describe(self) -> str:
-        """Its name and bounds."""
+        """Its name and its bounds."""
         bounds = {"max_norm": self.max_norm, "clip_value": self.clip_value, "function": self.function, "phase": self.phase}
         given = [f"{name}={getattr(bound, '__name__', bound)}" for name, bound in bounds.items() if bound is not None]
         return f"{super().describe()}({', '.join(given)})"

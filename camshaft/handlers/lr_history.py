@@ -1,4 +1,4 @@
-"""Every learning rate that was ever used, by optimizer step."""
+"""The history of learning rates, by optimizer step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from camshaft.events import Events, Priority, StepEvents
 from camshaft.handler import Handler, on
 from camshaft.optimizers import group_rates
+from camshaft.validation import check_count
 
 __all__ = ["LRHistory"]
 
 
 class LRHistory(Handler):
-    """Notes the learning rate that each completed optimizer step used; the notes survive a resume.
+    """Records the learning rate that each completed optimizer step used; a resumed run continues the record.
 
     Names are ``"lr"``; with several parameter groups ``"lr/<name or number>"``; with several phases
     ``"<phase>/lr"``. One entry takes 16 bytes.
@@ -44,18 +45,18 @@ class LRHistory(Handler):
         return {name: list(zip(steps, self._rates[name], strict=True)) for name, steps in self._steps.items()}
 
     def on_attach(self, engine: Any) -> None:
-        """Needs a trainer's phases."""
+        """Checks that the engine is a trainer."""
         engine.phases_named(None)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """A new run has notes of its own; a resumed one continues with them."""
+        """Clears the record in a new run; a resumed run continues it."""
         if engine.state.iteration == 0:
             self._steps, self._rates = {}, {}
 
     @on(StepEvents.OPTIMIZER_STEP_COMPLETED, priority=Priority.HISTORY)
-    def note(self, engine: Any) -> None:
-        """Notes the rates before any schedule moves them."""
+    def record(self, engine: Any) -> None:
+        """Records the rates before a schedule changes them."""
         state = engine.state
         for name, rate in engine.learning_rates(state.phase):
             if name not in self._steps:
@@ -64,45 +65,45 @@ class LRHistory(Handler):
             self._rates[name].append(rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """The notes as tensors."""
+        """The record as tensors."""
         return {
             name: [torch.tensor(steps, dtype=torch.int64), torch.tensor(self._rates[name], dtype=torch.float64)]
             for name, steps in self._steps.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes from a checkpoint's notes."""
+        """Restores the record."""
         self._steps = {name: array("q", steps.tolist()) for name, (steps, _) in state.items()}
         self._rates = {name: array("d", rates.tolist()) for name, (_, rates) in state.items()}
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws the rates over the optimizer steps.
+        """Plots the rates over the optimizer steps.
 
         Args:
-            path: where to write the picture; its ending chooses the format.
+            path: the file to write the picture to; its suffix chooses the format.
 
         Returns:
             The matplotlib figure.
 
         Raises:
-            ModuleNotFoundError: if matplotlib isn't installed.
+            ModuleNotFoundError: if matplotlib is not installed.
         """
         return draw(self.history, path)
 
     @staticmethod
     def simulate(scheduler: Any, steps: int) -> dict[str, list[tuple[int, float]]]:
-        """The rates that a scheduler would give, ahead of time; neither it nor its optimizer moves.
+        """Computes the rates of a scheduler ahead of time, without changing it or its optimizer.
 
         Args:
             scheduler: any torch scheduler that needs no metric.
-            steps: how many optimizer steps.
+            steps: the number of optimizer steps.
 
         Returns:
             The same mapping as ``history``.
 
         Raises:
-            ValueError: if ``steps`` is no positive integer.
-            TypeError: if ``scheduler`` is none, or follows a metric.
+            ValueError: if ``steps`` is not a positive integer.
+            TypeError: if ``scheduler`` is not a scheduler, or needs a metric.
 
         Example:
             >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -110,38 +111,37 @@ class LRHistory(Handler):
             >>> LRHistory.simulate(halving, 4)
             {'lr': [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5)]}
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {steps!r}")
+        steps = check_count(steps, "steps")
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or not hasattr(scheduler, "optimizer"):
             raise TypeError(f"scheduler must be a torch scheduler that needs no metric, got {type(scheduler).__name__}")
-        twin = twin_of(scheduler)
+        scheduler_copy = copy_without_weights(scheduler)
         history: dict[str, list[tuple[int, float]]] = {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the twin has no weights for an optimizer step to come first
+            warnings.simplefilter("ignore", UserWarning)  # the copy has no weights, and makes no optimizer steps
             for step in range(1, steps + 1):
-                for name, rate in group_rates([twin.optimizer]):
+                for name, rate in group_rates([scheduler_copy.optimizer]):
                     history.setdefault(name, []).append((step, rate))
-                twin.step()
+                scheduler_copy.step()
         return history
 
 
-def twin_of(scheduler: Any) -> Any:
-    """A copy of a scheduler over a copy of its optimizer that holds no weights."""
+def copy_without_weights(scheduler: Any) -> Any:
+    """A copy of a scheduler, with a copy of its optimizer that has no weights."""
     optimizer = scheduler.optimizer
     groups = [
         {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
         | {"params": [torch.zeros(1, requires_grad=True)]}
         for group in optimizer.param_groups
     ]
-    twin_optimizer = torch.optim.SGD([{"params": group["params"]} for group in groups], lr=0.0)
-    for own, group in zip(twin_optimizer.param_groups, groups, strict=True):
+    optimizer_copy = torch.optim.SGD([{"params": group["params"]} for group in groups], lr=0.0)
+    for own, group in zip(optimizer_copy.param_groups, groups, strict=True):
         own.update(group)
-    memo = {id(optimizer): twin_optimizer}
+    memo = {id(optimizer): optimizer_copy}
     return copy.deepcopy(scheduler, memo)
 
 
 def draw(history: Mapping[str, Sequence[tuple[int, float]]], path: str | Path | None) -> Any:
-    """A figure of learning rates over optimizer steps."""
+    """Plots learning rates over optimizer steps."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules on the right clock: per optimizer step, per epoch, or on a metric."""
+"""Learning-rate schedules: per optimizer step, per epoch, or on a metric."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["LRScheduling", "check_every"]
 class LRScheduling(Handler):
     """Steps any scheduler of ``torch.optim.lr_scheduler`` after the weights have changed.
 
-    A step that the scaler or a guard refuses moves no schedule. The scheduler's state is saved in every checkpoint.
+    A step that the scaler or a handler skips does not advance the schedule. The scheduler is saved in every checkpoint.
 
     Args:
         scheduler: any torch scheduler, or an object with ``optimizer``, ``step()`` and ``state_dict()`` like one.
         every: ``"step"`` (each completed optimizer step) or ``"epoch"``.
-        metric: a name in ``state.metrics``: the scheduler is stepped with its value whenever it has been evaluated again
-            (``ReduceLROnPlateau``); ``every`` plays no part then.
+        metric: a name in ``state.metrics``: the scheduler is stepped with each new value (``ReduceLROnPlateau``); ``every`` is
+            ignored then.
 
     Raises:
-        TypeError: if the scheduler isn't one.
-        ValueError: if ``every`` is unknown, a plateau scheduler has no metric, or the optimizer is another's.
+        TypeError: if the scheduler is not a scheduler.
+        ValueError: if ``every`` is unknown, a plateau scheduler has no metric, or the optimizer is not the trainer's.
 
     Example:
         >>> import torch
@@ -62,10 +62,10 @@ class LRScheduling(Handler):
         self.phase = ""
 
     def attach(self, engine: Any, name: str | None = None) -> Self:
-        """Attaches it as :meth:`Handler.attach` does; a scheduler that another one steps is refused under any name.
+        """Attaches it as :meth:`Handler.attach` does; a scheduler can be attached only once, under any name.
 
         Raises:
-            ValueError: if the scheduler is attached already, or its optimizer is another's.
+            ValueError: if the scheduler is attached already, or its optimizer is not the trainer's.
         """
         others = [item for item in getattr(engine, "handlers", {}).values() if isinstance(item, LRScheduling)]
         if any(item.scheduler is self.scheduler for item in others if item is not self):
@@ -76,7 +76,7 @@ class LRScheduling(Handler):
         return super().attach(engine, name)
 
     def on_attach(self, engine: Any) -> None:
-        """Finds the phase whose optimizer is scheduled."""
+        """Finds the phase of the scheduler's optimizer."""
         owners = [phase.name for phase in engine.phases.values() if self.scheduler.optimizer in phase.optimizers]
         if not owners:
             raise ValueError(
@@ -86,7 +86,7 @@ class LRScheduling(Handler):
         self.phase = owners[0]
 
     def listeners(self) -> Iterator[Listener]:
-        """The event of the clock that was chosen."""
+        """Yields the events at which the scheduler is stepped."""
         yield from super().listeners()
         if self.watch is not None:
             fresh = Events.ITERATION_COMPLETED(self._when_new) | Events.EPOCH_COMPLETED(self._when_new)
@@ -100,12 +100,12 @@ class LRScheduling(Handler):
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """Forgets an earlier run's metric."""
+        """Ignores the metric of an earlier run."""
         if self.watch is not None:
             self.watch.start(engine)
 
     def step_in_phase(self, engine: Any) -> None:
-        """Steps the scheduler after a step of its own network."""
+        """Steps the scheduler after an optimizer step of its phase."""
         if engine.state.phase != self.phase:
             return
         if counts_itself(self.scheduler):
@@ -121,12 +121,12 @@ class LRScheduling(Handler):
             self.scheduler.step(engine.state.epoch)
 
     def step_on_metric(self, engine: Any) -> None:
-        """Steps the scheduler with a metric that has been evaluated again."""
+        """Steps the scheduler with a new value of the metric."""
         assert self.watch is not None
         self.scheduler.step(self.watch.take(engine))
 
     def step_on_late_metric(self, engine: Any) -> None:
-        """The same for a metric that a user's handler, or one of Ignite's on the trainer, writes at the epoch's end."""
+        """Does the same for a metric that a user's handler, or an Ignite metric, writes at the end of the epoch."""
         assert self.watch is not None
         if self.watch.is_new(engine):
             self.step_on_metric(engine)
@@ -134,7 +134,7 @@ class LRScheduling(Handler):
             self.watch.check_exists(engine)
 
     def check_at_end(self, engine: Any) -> None:
-        """A metric that a run has ended without is a mistake."""
+        """Raises ``ValueError`` if the metric has never appeared."""
         assert self.watch is not None
         self.watch.check_at_end(engine)
 
@@ -142,23 +142,23 @@ class LRScheduling(Handler):
         return self.watch is not None and self.watch.is_new(engine)
 
     def describe(self) -> str:
-        """Its name and the scheduler's kind."""
+        """Its name and the scheduler's class."""
         return f"{super().describe()}({type(self.scheduler).__name__})"
 
 
 def check_every(every: Any) -> None:
-    """Raises ``ValueError`` if ``every`` names no clock."""
+    """Raises ``ValueError`` if ``every`` is neither ``"step"`` nor ``"epoch"``."""
     if every not in ("step", "epoch"):
         raise ValueError(f"schedule_every must be 'step' or 'epoch', got {every!r}")
 
 
 def counts_itself(scheduler: Any) -> bool:
-    """Whether a scheduler keeps the clock, as torch's do; timm's are told the number of the update or of the epoch."""
+    """Whether a scheduler counts its steps, as torch's do; timm's get the number of the step or the epoch."""
     return not hasattr(scheduler, "step_update")
 
 
 def is_plateau(scheduler: Any) -> bool:
-    """Whether the scheduler's ``step`` can't do without a metric."""
+    """Whether the scheduler's ``step`` needs a metric."""
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     return isinstance(scheduler, ReduceLROnPlateau)

@@ -1,4 +1,4 @@
-"""A guard that lets nothing non-finite reach the weights."""
+"""Keeps non-finite losses and gradients away from the weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ ACTIONS = ("raise", "skip", "stop")
 
 
 class NonFiniteGuard(Handler):
-    """Looks at the losses and the gradient of every window before the weights change.
+    """Checks the losses and the gradient of every window before the weights change.
 
-    Under float16 an overflow of the scaled gradient is the scaler's business, and the guard lets it be. Its
-    question is answered together with the scaler's, in one transfer per optimizer step. Beside a
-    :class:`GradientClipping` it looks at the norms that the clipping takes, so that they are taken once; then a norm that
-    overflows isn't finite either.
+    Under float16 the guard ignores an overflow of the scaled gradient, which the scaler handles. Its flag is read together
+    with the scaler's, in one transfer per optimizer step. If a :class:`GradientClipping` is attached, the guard uses the same
+    norms, so that they are computed once; a norm that overflows then counts as not finite.
 
     Args:
-        action: what to do: ``"raise"`` a ``FloatingPointError`` that names the iteration and what isn't finite, ``"skip"``
-            the step, or ``"stop"`` the run without making it.
+        action: ``"raise"`` a ``FloatingPointError`` that names the iteration and what is not finite, ``"skip"`` the step, or
+            ``"stop"`` the run before the step.
 
     Raises:
         ValueError: if ``action`` is none of these.
@@ -44,8 +43,8 @@ class NonFiniteGuard(Handler):
         self._norms: torch.Tensor | None = None
 
     @on(StepEvents.BACKWARD_COMPLETED, priority=Priority.GUARD)
-    def note_loss(self, engine: Any) -> None:
-        """Keeps the window's losses, on the device."""
+    def keep_loss(self, engine: Any) -> None:
+        """Keeps the losses of the window, on the device."""
         state = engine.state
         if engine.phases[state.phase].window.batches == 1:
             self._losses.clear()
@@ -53,7 +52,7 @@ class NonFiniteGuard(Handler):
 
     @on(StepEvents.GRADIENTS_READY, priority=Priority.GUARD)
     def check(self, engine: Any) -> None:
-        """Asks that the step be refused where anything isn't finite."""
+        """Requests that the step be skipped if anything is not finite."""
         phase = engine.phases[engine.state.phase]
         bad = ~torch.stack([loss.reshape(()) for _, loss in self._losses]).isfinite().all()
         self._trained = [p for p in phase.parameters() if p.grad is not None]
@@ -61,20 +60,20 @@ class NonFiniteGuard(Handler):
             norms, gradients = phase.grad_norms, [p.grad for p in self._trained]
             self._norms = norms.each(gradients, norms.expected_order)
             bad_gradient = ~self._norms.isfinite().all()
-            for overflow in phase.overflows():  # the scaler's own business
+            for overflow in phase.overflows():  # the scaler handles an overflow
                 bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
             bad = bad | bad_gradient.to(bad.device)
-        engine.skip_step_if(bad, lambda: self._refuse(engine))
+        engine.skip_step_if(bad, lambda: self._on_non_finite(engine))
 
-    def _refuse(self, engine: Any) -> None:
+    def _on_non_finite(self, engine: Any) -> None:
         if self.action == "skip":
             return
-        message = self._explain(engine)
+        message = self._describe_cause(engine)
         if self.action == "raise":
             raise FloatingPointError(message)
         engine.terminate(reason=message)
 
-    def _explain(self, engine: Any) -> str:
+    def _describe_cause(self, engine: Any) -> str:
         state = engine.state
         where = f"at optimizer step {state.optimizer_step} of phase {state.phase!r}"
         for iteration, loss in self._losses:
@@ -82,7 +81,7 @@ class NonFiniteGuard(Handler):
                 return f"the loss of iteration {iteration} is {float(loss)}, {where}; the weights are as before it"
         names = {id(parameter): name for name, parameter in engine.phases[state.phase].module.named_parameters()}
         finite = self._norms.isfinite().tolist() if self._trained and self._norms is not None else []
-        # as they were before the clipping, which spreads a NaN over all of them
+        # the norms before clipping, which spreads a NaN to all gradients
         bad = [
             names.get(id(p), "a parameter of the loss")
             for p, is_finite in zip(self._trained, finite, strict=True)

@@ -1,4 +1,4 @@
-"""A progress bar that costs no synchronisation per iteration."""
+"""A progress bar that does not wait for the device in every iteration."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Progress"]
 
 
 class Progress(Handler):
-    """A tqdm bar over each epoch with the loss and the rate; it reads the loss only when it redraws.
+    """A tqdm progress bar for each epoch, with loss and rate; it reads the loss only when it redraws.
 
-    Of several processes the first draws it, with its own loss.
+    With several processes rank 0 draws the bar, with its own loss.
 
     Args:
-        every_seconds: the shortest time between two redraws.
-        metrics: whether the bar that an epoch leaves behind shows ``state.metrics``.
-        tqdm_options: handed on to ``tqdm``, such as ``file`` or ``disable``.
+        every_seconds: the minimum time between two redraws.
+        metrics: whether the final bar of an epoch shows ``state.metrics``.
+        tqdm_options: passed to ``tqdm``, such as ``file`` or ``disable``.
 
     Raises:
-        ModuleNotFoundError: if tqdm isn't installed.
+        ModuleNotFoundError: if tqdm is not installed.
 
     Example:
         >>> progress = Progress(every_seconds=0.5, disable=True)
@@ -48,7 +48,7 @@ class Progress(Handler):
 
     @on(Events.EPOCH_STARTED, priority=Priority.LOG)
     def open(self, engine: Any, done: int = 0) -> None:
-        """Begins the epoch's bar."""
+        """Starts the bar of the epoch."""
         if self.bar is None:
             state = engine.state
             of = "" if state.max_epochs is None else f"/{state.max_epochs}"
@@ -59,9 +59,9 @@ class Progress(Handler):
     @on(Events.ITERATION_COMPLETED, priority=Priority.LOG)
     def advance(self, engine: Any) -> None:
         """Counts, and redraws if it is time."""
-        if self.engine is None:  # detached inside this iteration
+        if self.engine is None:  # detached in this iteration
             return
-        if self.bar is None:  # attached in the middle of an epoch, or resumed there if no epoch has started
+        if self.bar is None:  # attached or resumed in the middle of an epoch
             self.open(engine, getattr(engine, "epoch_iteration", 1) - 1)
         self._count += 1
         if self.bar.disable:
@@ -73,7 +73,7 @@ class Progress(Handler):
 
     @on(Events.EPOCH_COMPLETED | Events.TERMINATE | Events.COMPLETED | Events.EXCEPTION_RAISED, priority=Priority.LOG)
     def close(self, engine: Any, *_: Any) -> None:
-        """Draws the epoch's last state, with the metrics, and begins again."""
+        """Draws the final state of the epoch, with the metrics, and closes the bar."""
         if self.bar is not None:
             self._draw(engine.state, with_metrics=self.metrics)
             self.bar.close()
@@ -92,7 +92,7 @@ class Progress(Handler):
 
 
 def shown_values(values: Any) -> dict[str, str]:
-    """Whatever is a single number in an output or in metrics, as text."""
+    """Formats every single number in an output or in metrics."""
     named = values if isinstance(values, Mapping) else {"loss": values}
     numbers = {
         name: float(value)

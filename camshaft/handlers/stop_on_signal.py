@@ -1,4 +1,4 @@
-"""A run that ends in order when it is asked to by a signal."""
+"""Ends a run in an orderly way on a signal."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ CHILD_ENDED = getattr(signal, "SIGCHLD", None)
 
 
 class StopOnSignal(Handler):
-    """Ends the run after the open window when a signal comes: ``COMPLETED`` handlers run, checkpoints are saved, logs flushed.
+    """Ends the run after the open window on a signal: ``COMPLETED`` handlers run, checkpoints are saved, logs are flushed.
 
-    The process then exits with 143 for SIGTERM and 130 for SIGINT; a second signal quits at once. The handlers of signals that
-    were there before are put back when the run ends. Forked data-loading workers don't listen. If several processes train, a
-    signal to one of them ends them all, with the same code.
+    The process then exits with 143 for SIGTERM and 130 for SIGINT; a second signal exits immediately. The earlier signal
+    handlers are restored when the run ends. Forked workers of a data loader ignore the signals. With several processes a
+    signal to one rank ends all of them, with the same exit code.
 
     Args:
-        signals: the signals to listen to.
+        signals: the signals to handle.
 
     Raises:
-        ValueError: if something else than a signal is given.
+        ValueError: if an element is not a signal.
 
     Example:
         >>> stop = StopOnSignal()
@@ -47,7 +47,7 @@ class StopOnSignal(Handler):
 
     @on(Events.STARTED)
     def listen(self, engine: Any) -> None:
-        """Begins to listen if that is possible."""
+        """Installs the signal handlers, which only the main thread can do."""
         self.received = engine.exit_code = engine.ending = None
         if threading.current_thread() is not threading.main_thread():
             warnings.warn("StopOnSignal can listen only in the main thread; this run will not stop on signals", stacklevel=2)
@@ -57,25 +57,25 @@ class StopOnSignal(Handler):
             self._before = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def _receive(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a forked worker: the trainer will end it
+        if os.getpid() != self._process:  # a forked worker, which the trainer ends
             return
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         self.engine.ending = f"{self.received.name} received"
         if CHILD_ENDED is not None and CHILD_ENDED not in self._before:
-            # A signal to the whole group ends the workers too; torch would raise for that in the midst of a step.
+            # A signal to the process group ends the workers too, for which torch would raise in the middle of a step.
             self._before[CHILD_ENDED] = signal.signal(CHILD_ENDED, signal.SIG_DFL)
 
     @on(Events.ITERATION_COMPLETED, priority=Priority.JUDGE)
-    def look(self, engine: Any) -> None:
-        """Ends the run where a signal has come and no window is open."""
+    def stop_if_received(self, engine: Any) -> None:
+        """Ends the run if a signal was received and no window is open."""
         if self.received is not None and not getattr(engine, "window_is_open", False):
             self._stop(engine)
 
     @on(Events.EPOCH_COMPLETED, priority=Priority.JUDGE)
-    def look_after_epoch(self, engine: Any) -> None:
-        """The same after an epoch."""
+    def stop_after_epoch(self, engine: Any) -> None:
+        """Ends the run after an epoch if a signal was received."""
         if self.received is not None:
             self._stop(engine)
 
@@ -85,33 +85,33 @@ class StopOnSignal(Handler):
         stop(engine, engine.ending)
 
     @on(Events.INTERRUPT, priority=Priority.SAVE + 1)
-    def pause(self, engine: Any) -> None:
-        """Stops listening until the run continues, which fires no ``STARTED``."""
-        self.leave(engine)
-        engine.add_event_handler(Events.ITERATION_STARTED, self._go_on)
+    def restore_while_interrupted(self, engine: Any) -> None:
+        """Restores the earlier signal handlers until the run continues."""
+        self.restore(engine)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._listen_again)
 
-    def _go_on(self, engine: Any) -> None:
-        engine.remove_event_handler(self._go_on, Events.ITERATION_STARTED)
+    def _listen_again(self, engine: Any) -> None:
+        engine.remove_event_handler(self._listen_again, Events.ITERATION_STARTED)
         self.listen(engine)
 
     @on(Events.TERMINATE, priority=Priority.SAVE + 1)
-    def leave_without_completed(self, engine: Any) -> None:
-        """The end of a run whose ``COMPLETED`` was asked to be left out."""
+    def restore_without_completed(self, engine: Any) -> None:
+        """Restores the earlier signal handlers at the end of a run without ``COMPLETED``."""
         if engine.should_terminate == "skip_completed":
-            self.leave(engine)
+            self.restore(engine)
 
     @on(Events.COMPLETED | Events.EXCEPTION_RAISED, priority=Priority.SAVE + 1)
-    def leave(self, engine: Any, *_: Any) -> None:
-        """Last of all: stops listening and, where a signal has come, has the process exit when the run has ended."""
+    def restore(self, engine: Any, *_: Any) -> None:
+        """Restores the earlier signal handlers, and sets the exit code if a signal was received."""
         self._restore()
         if self.received is not None:
             engine.exit_code = 128 + self.received
 
     def on_detach(self, engine: Any) -> None:
-        """Stops listening."""
+        """Restores the earlier signal handlers."""
         self._restore()
-        if engine.has_event_handler(self._go_on, Events.ITERATION_STARTED):
-            engine.remove_event_handler(self._go_on, Events.ITERATION_STARTED)
+        if engine.has_event_handler(self._listen_again, Events.ITERATION_STARTED):
+            engine.remove_event_handler(self._listen_again, Events.ITERATION_STARTED)
 
     def _restore(self) -> None:
         if self._before and threading.current_thread() is threading.main_thread():

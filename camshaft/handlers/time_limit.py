@@ -1,4 +1,4 @@
-"""A run that ends in order before its time is up."""
+"""Ends a run in an orderly way before a time limit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["TimeLimit"]
 
 
 class TimeLimit(Handler):
-    """Ends the run before a limit: the window is closed, ``COMPLETED`` handlers run, checkpoints are saved, logs flushed.
+    """Ends the run before a time limit: the window is completed, ``COMPLETED`` handlers run, checkpoints are saved.
 
-    It leaves room for the longest save and the longest optimizer step so far, twice over. The clock starts when the handler is
-    made: at the top of a script, that is when the job starts.
+    It reserves twice the time of the longest save and the longest optimizer step so far. The clock starts when the handler is
+    made: create it at the top of the script, when the job starts.
 
     Args:
-        hours: the limit; a fraction will do.
+        hours: the limit; may be a fraction.
 
     Raises:
-        ValueError: if ``hours`` isn't positive.
+        ValueError: if ``hours`` is not positive.
 
     Example:
         >>> limit = TimeLimit(hours=11.5)
@@ -37,23 +37,23 @@ class TimeLimit(Handler):
 
     @property
     def seconds_left(self) -> float:
-        """The time until the limit."""
+        """The time until the limit, in seconds."""
         return self._began + self.hours * 3600 - time.monotonic()
 
     @on(Events.STARTED | Events.EPOCH_STARTED)
     def begin(self, engine: Any) -> None:
-        """Times the steps alone, and not what lies between epochs."""
+        """Starts the clock of a step: the time between epochs does not count."""
         self._last = time.monotonic()
 
     @on(StepEvents.OPTIMIZER_STEP_COMPLETED | StepEvents.OPTIMIZER_STEP_SKIPPED, priority=Priority.JUDGE)
     def time_step(self, engine: Any) -> None:
-        """Notes how long a window takes, its data included."""
+        """Records how long a window takes, including its data."""
         now = time.monotonic()
         self._longest_step, self._last = max(self._longest_step, now - self._last), now
 
     @on(Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, priority=Priority.JUDGE)
-    def look(self, engine: Any) -> None:
-        """Ends the run where another step and a save might not fit in, once no window is open."""
+    def stop_if_due(self, engine: Any) -> None:
+        """Ends the run if another step and a save may not fit, and no window is open."""
         if not engine.window_is_open and self.seconds_left < 2 * (self._longest_step + self._longest_save(engine)):
             stop(engine, f"time limit of {self.hours:g} hours")
 

@@ -191,7 +191,7 @@ def test_metrics_of_ignite_are_all_ranks_and_all_batches():
     ("make", "text"),
     [
         (lambda: Evaluation(linear(), []), "evaluator must be an Ignite engine, got Linear"),
-        (lambda: Evaluation(scripted([1]), 3), "data must be batches that can be passed over, got int"),
+        (lambda: Evaluation(scripted([1]), 3), "data must be batches that can be iterated over, got int"),
         (lambda: Evaluation(scripted([1]), [], prefix=""), "prefix must be a name such as 'val', got ''"),
         (lambda: Evaluation(scripted([1]), [], every=5), "expected an event such as Events.EPOCH_COMPLETED"),
         (lambda: Evaluation(scripted([1]), [], ema=3), "ema must be an ExponentialMovingAverage, got int"),
@@ -209,5 +209,5 @@ def test_evaluation_that_is_attached_to_its_own_evaluator():
 
 
 def test_evaluation_data_that_can_be_passed_over_once():
-    with pytest.raises(TypeError, match="data must be batches that can be passed over again and again"):
+    with pytest.raises(TypeError, match="data must be batches that can be iterated over again and again"):
         Evaluation(create_evaluator(torch.nn.Linear(2, 1)), iter(batches(2)))

@@ -192,7 +192,7 @@ def test_a_metric_that_is_no_number_is_a_warning_that_names_it(tmp_path):
     trainer = trainer_of()
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(odd="text"))
     TensorBoard(tmp_path).attach(trainer)
-    with pytest.warns(UserWarning, match="TensorBoard: the metric 'odd' is a str, which is no number"):
+    with pytest.warns(UserWarning, match="TensorBoard: the metric 'odd' is a str, not a number"):
         trainer.run(batches(2))
 
 
