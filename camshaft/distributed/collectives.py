@@ -24,7 +24,7 @@ __all__ = [
     "is_main_process",
     "on_rank_zero",
     "rank",
-    "until_rank_zero_is_exhausted",
+    "until_any_rank_is_exhausted",
     "world_size",
 ]
 
@@ -65,7 +65,7 @@ def host_group() -> Any:
 def all_reduce_max(values: Sequence[int]) -> list[int]:
     """The maximum over all ranks of each number. Every rank must call it with the same count of numbers."""
     numbers = torch.tensor(values, dtype=torch.int64)
-    all_reduce(numbers, dist.ReduceOp.MAX, host_group())
+    all_reduce(numbers, dist.ReduceOp.MAX)
     return [int(number) for number in numbers.tolist()]
 
 
@@ -142,8 +142,8 @@ def _wait(work: Any) -> None:
     _recent_works[:] = [*_recent_works[-3:], work]
 
 
-def until_rank_zero_is_exhausted(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches of this rank, of unknown number, until rank 0 has no more."""
+def until_any_rank_is_exhausted(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches of this rank, until any rank has no more. The ranks need not know the number of their batches."""
     for batch in batches:
         if all_reduce_max([0])[0]:
             return
@@ -151,12 +151,15 @@ def until_rank_zero_is_exhausted(batches: Iterator[Any]) -> Iterator[Any]:
     all_reduce_max([1])
 
 
+until_rank_zero_is_exhausted = until_any_rank_is_exhausted
+
+
 # -- tensors --------------------------------------------------------------------------------------------------------------
 
 
-def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
     """Replaces a tensor by its sum over all ranks, or by another reduction (``op``)."""
-    _wait(dist.all_reduce(tensor, op, group=group, async_op=True))
+    _wait(dist.all_reduce(tensor, op, group=_group_for(tensor), async_op=True))
 
 
 def all_reduce_mean(tensors: Iterable[torch.Tensor]) -> None:
@@ -176,8 +179,13 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """Replaces each tensor by that of rank 0, with one transfer per device and dtype."""
     for group in _grouped_by_kind(tensors):
         flat = _flatten(group)
-        _wait(dist.broadcast(flat, src=0, async_op=True))
+        _wait(dist.broadcast(flat, src=0, group=_group_for(flat), async_op=True))
         _unflatten(flat, group)
+
+
+def _group_for(tensor: torch.Tensor) -> Any:
+    """The group that sends a tensor; NCCL, for one, cannot send those on the CPU."""
+    return host_group() if tensor.device.type == "cpu" else None
 
 
 def _grouped_by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

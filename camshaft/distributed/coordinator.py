@@ -1,4 +1,4 @@
-"""Requests to stop, to end the epoch, to interrupt or to save, and how several processes agree on them."""
+"""Requests to stop, to end the epoch, to interrupt or to save, and how several ranks agree on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
-from camshaft.distributed.collectives import all_gather_object, all_reduce_max, until_rank_zero_is_exhausted
+from camshaft.distributed.collectives import all_gather_object, all_reduce_max, until_any_rank_is_exhausted
 from camshaft.distributed.failures import Failures
 from camshaft.distributed.gradient_sync import ReplicatedGradients
 from camshaft.events import Priority
@@ -16,9 +16,12 @@ from camshaft.handler import Handler
 
 __all__ = ["Coordinator", "RankCoordinator"]
 
+LAST = 1001
+"""The priority after all handlers of ``STARTED`` and ``EPOCH_STARTED``, whose requests count before the first batch."""
+
 
 class Coordinator:
-    """Carries out the requests of a single process, at once.
+    """Carries out the requests of a single process at once.
 
     Every method gets the trainer, which holds its coordinator.
     """
@@ -28,7 +31,7 @@ class Coordinator:
 
     @contextmanager
     def attributing_failures(self, trainer: Any, *, is_new: bool) -> Iterator[None]:
-        """Encloses a run. If another rank's failure has caused an exception, one that names that rank is raised instead.
+        """Encloses a run. If the failure of another rank causes an exception, raises one that names that rank instead.
 
         Args:
             trainer: the trainer.
@@ -54,7 +57,7 @@ class Coordinator:
         Engine.interrupt(trainer)
 
     def checkpoint_is_requested(self, trainer: Any, handler: Handler) -> bool:
-        """Whether a handler's request for a checkpoint is to be carried out now, on every rank."""
+        """Whether the checkpoint that a handler requests must be saved now, on every rank."""
         return handler.requests_checkpoint(trainer)
 
     def any_rank(self, flag: bool) -> bool:
@@ -70,10 +73,10 @@ class Coordinator:
 
 
 class RankCoordinator(Coordinator):
-    """Makes one decision of the requests of all ranks.
+    """Carries out on every rank what any rank requests.
 
     During a run a request is only recorded. After each iteration, and at the start and the end of each epoch, the ranks compare
-    their requests in one transfer of a few numbers between the hosts. What one rank requests, every rank carries out.
+    their requests in one transfer of a few numbers between the hosts, and carry them out at the same moment.
 
     Args:
         trainer: the trainer.
@@ -82,17 +85,20 @@ class RankCoordinator(Coordinator):
     is_distributed = True
 
     def __init__(self, trainer: Any) -> None:
-        self.stop_reason: str | None = None
-        self.skip_completed = self.epoch_end = self.interruption = False
         self.failures = Failures()
+        self._clear_requests()
         for priority, event, function in (
-            (1001, Events.STARTED, sync_requests),
-            (1001, Events.EPOCH_STARTED, sync_requests),
+            (LAST, Events.STARTED, sync_requests),
+            (LAST, Events.EPOCH_STARTED, sync_requests),
             (Priority.SYNC, Events.ITERATION_COMPLETED, sync_requests),
             (Priority.SYNC, Events.EPOCH_COMPLETED, sync_requests),
             (Priority.SYNC + 1, Events.EPOCH_COMPLETED, check_weights),
         ):
             trainer.add_event_handler_at(priority, event, function)
+
+    def _clear_requests(self) -> None:
+        self.stop_reason: str | None = None
+        self.skip_completed = self.epoch_end = self.skip_epoch_completed = self.interruption = False
 
     @contextmanager
     def attributing_failures(self, trainer: Any, *, is_new: bool) -> Iterator[None]:
@@ -115,10 +121,9 @@ class RankCoordinator(Coordinator):
         """Checks that all ranks are about to run the same training.
 
         Raises:
-            RuntimeError: if a model is not wrapped, execution does not support several processes, or the ranks' plans differ.
+            RuntimeError: if a model is not wrapped, is captured in CUDA graphs, or the ranks have different plans.
         """
-        self.stop_reason = None
-        self.skip_completed = self.epoch_end = self.interruption = False
+        self._clear_requests()
         for phase in trainer.phases.values():
             phase.execution.check_distributed()
             if isinstance(phase.gradient_sync, ReplicatedGradients):
@@ -139,6 +144,7 @@ class RankCoordinator(Coordinator):
         """Requests the end of the epoch."""
         if trainer.is_running:
             self.epoch_end = True
+            self.skip_epoch_completed = self.skip_epoch_completed or skip_completed
         else:
             super().terminate_epoch(trainer, skip_completed)
 
@@ -162,8 +168,8 @@ class RankCoordinator(Coordinator):
         all_reduce_max([0])
 
     def ending_together(self, batches: Any, length_is_known: bool) -> Any:
-        """Batches that end on all ranks with those of rank 0 if their number is unknown."""
-        return batches if length_is_known else until_rank_zero_is_exhausted(batches)
+        """Batches that end on every rank when any rank has no more, if their number is unknown."""
+        return batches if length_is_known else until_any_rank_is_exhausted(batches)
 
     def sync(self, trainer: Any) -> None:
         """Compares the requests of all ranks, and carries out what any rank requests."""
@@ -172,11 +178,12 @@ class RankCoordinator(Coordinator):
             self.stop_reason is not None,
             self.skip_completed,
             self.epoch_end,
+            self.skip_epoch_completed,
             self.interruption,
             trainer.exit_code or 0,
             *(handler.requests_checkpoint(trainer) for handler in requesting),
         ]
-        stop, skip_completed, epoch_end, interruption, exit_code, *agreed = all_reduce_max([int(r) for r in requests])
+        stop, skip, epoch_end, skip_epoch, interruption, exit_code, *agreed = all_reduce_max([int(r) for r in requests])
         for handler, is_agreed in zip(requesting, agreed, strict=True):
             handler.agreed = bool(is_agreed)
         trainer.exit_code = exit_code or None
@@ -185,10 +192,10 @@ class RankCoordinator(Coordinator):
         if stop:
             trainer.state.stop_reason = self._first_reason()
             trainer.run_state.stop_requested = True
-            Engine.terminate(trainer, bool(skip_completed))
+            Engine.terminate(trainer, bool(skip))
         if epoch_end:
-            self.epoch_end = False
-            Engine.terminate_epoch(trainer)
+            self.epoch_end = self.skip_epoch_completed = False
+            Engine.terminate_epoch(trainer, bool(skip_epoch))
         if interruption:
             self.interruption = False
             Engine.interrupt(trainer)
@@ -212,7 +219,7 @@ def check_weights(trainer: Any) -> None:
 
 
 def plan_of(trainer: Any) -> dict[str, Any]:
-    """What must be the same on every rank."""
+    """The settings that must be the same on every rank, by description."""
     state = trainer.state
     return {
         "the number of batches (epoch_length)": state.epoch_length,

@@ -1,4 +1,4 @@
-"""How the gradients of a phase are synchronized: not at all in a single process, once per optimizer step in several."""
+"""Synchronizes the gradients of a phase between ranks, once per optimizer step. A single process does nothing."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class SingleProcess:
 
 
 class ReplicatedGradients(SingleProcess):
-    """Gradient synchronization of a phase whose network other processes train too.
+    """Gradient synchronization of a phase that several ranks train.
 
-    The batches of a window run forward and backward without communication. The last one reduces the gradients, with DDP or
-    FSDP2 during its backward pass. If the end of the window could not be foreseen, or the network is called without its DDP
-    wrapper (in a GAN), they are reduced explicitly when the window is full.
+    The batches of a window run forward and backward without communication, except the last one: DDP or FSDP2 reduces the
+    gradients during its backward pass. If it was not known to be the last one, or the network is called without its DDP wrapper
+    (as in a GAN), the gradients are reduced explicitly when the window is full.
 
     Args:
         phase: the phase.
@@ -98,7 +98,7 @@ class ReplicatedGradients(SingleProcess):
         return [p for p in trained if id(p) not in self._reduced_by_wrapper]
 
     def before_forward(self, phase: PhaseLike, engine: Any) -> None:
-        """Sets whether the backward pass of the coming batch reduces gradients."""
+        """Sets whether the backward pass of the next batch reduces gradients."""
         window = phase.window
         is_last = window.batches + 1 == window.length
         if self.sharded_modules:  # FSDP2 cannot reduce later what a backward pass has not reduced
@@ -121,8 +121,8 @@ class ReplicatedGradients(SingleProcess):
         """
         if self.must_finish_window():
             raise RuntimeError(
-                "the data ended inside a window, earlier than its length had said: FSDP2 can't reduce the window's gradients "
-                "any more. Give run() an epoch_length that the data has"
+                "the data ended inside a window, earlier than its length says: FSDP2 can no longer reduce the window's "
+                "gradients. Give run() an epoch_length that is not longer than the data"
             )
         parameters = self._parameters_to_reduce(phase)
         self.is_waiting = False
@@ -140,7 +140,7 @@ class ReplicatedGradients(SingleProcess):
             return divisor
         mean = self._mean_weight(phase, divisor)
         if mean.device.type == "cpu" and not mean:
-            raise ValueError("every batch of this window weighs 0 by loss_weight on every process: its mean is not defined")
+            raise ValueError("every batch of this window weighs 0 by loss_weight on every rank: its mean loss is not defined")
         return mean
 
     def _mean_weight(self, phase: PhaseLike, weight: Any) -> torch.Tensor:
@@ -175,13 +175,13 @@ class ReplicatedGradients(SingleProcess):
             if not are_close(its_lr, lr):
                 raise RuntimeError(
                     f"the learning rates of phase {phase.name!r} differ: {lr} on rank 0, {its_lr} on rank {other}. A "
-                    "schedule follows a number that differs between processes; give it a metric computed over all of them"
+                    "schedule follows a number that differs between ranks; give it a metric that is computed over all of them"
                 )
             if not are_close(its_weights, weights):
                 raise RuntimeError(
                     f"the weights of phase {phase.name!r} differ between rank 0 and rank {other} after an optimizer step: "
-                    "their gradients were not reduced, or the processes began with other weights. Call the wrapped model, "
-                    "and not its .module, in the objective; load weights, and unfreeze what will be trained, before you wrap it"
+                    "their gradients were not reduced, or the ranks began with different weights. Call the wrapped model, not "
+                    "its .module, in the objective; load weights, and unfreeze what will be trained, before you wrap it"
                 )
 
     def window_state(self, phase: PhaseLike) -> dict[str, Any]:
@@ -254,9 +254,9 @@ def clear_unreduced_gradients(sharded_module: Any) -> None:
                 parameter._unsharded_param.grad = None
 
 
-def are_close(ones: list[float], others: list[float]) -> bool:
+def are_close(first: list[float], second: list[float]) -> bool:
     """Whether two lists of numbers are equal to rounding; NaN equals NaN."""
-    return len(ones) == len(others) and all(is_close(one, other) for one, other in zip(ones, others, strict=True))
+    return len(first) == len(second) and all(map(is_close, first, second))
 
 
 def is_close(one: float, other: float) -> bool:
@@ -265,20 +265,20 @@ def is_close(one: float, other: float) -> bool:
 
 
 def check_wrapped(phase: PhaseLike) -> None:
-    """Raises if several processes train a network that is wrapped for one.
+    """Checks that DDP or FSDP2 wraps a network that several ranks train.
 
     Raises:
-        RuntimeError: says how to wrap it.
+        RuntimeError: if it does not; says how to wrap the network.
     """
     if ddp_wrapper(phase.module) is not None or fsdp_modules(phase.module):
         return
     if any(is_dtensor(p) for p in phase.module.parameters()):
         raise RuntimeError(
-            f"the model of phase {phase.name!r} is sharded over the processes (tensor parallelism) without fully_shard, so "
-            "that it is unknown which ranks see the same batch. Apply fully_shard(model) over its data-parallel dimension"
+            f"the model of phase {phase.name!r} is sharded (tensor parallelism) without fully_shard, so that it is unknown "
+            "which ranks get the same batch. Apply fully_shard(model) over its data-parallel dimension"
         )
     raise RuntimeError(
-        f"{world_size()} processes train, but the model of phase {phase.name!r} is wrapped for one: each would train its own "
+        f"{world_size()} processes train, but the model of phase {phase.name!r} is not wrapped: each would train its own "
         f"model (this is rank {rank()}). Wrap it before you make the optimizer: model = ignite.distributed.auto_model(model), "
         "DistributedDataParallel(model) or fully_shard(model)"
     )

@@ -61,6 +61,16 @@ def terminated_at_the_start_by_one_rank() -> Any:
     return {"iteration": state.iteration, "epoch": state.epoch}
 
 
+@scenario()
+def epoch_ended_without_epoch_completed_by_one_rank() -> dict[str, Any]:
+    trainer, completed = trainer_of(ddp(plain_model())), []
+    if is_last_rank():
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda e: e.terminate_epoch(skip_epoch_completed=True))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: completed.append(e.state.epoch))
+    state = trainer.run(loader(), max_epochs=2)
+    return {"iteration": state.iteration, "completed": completed}
+
+
 @scenario(2, 3)
 def interrupted_by_one_rank() -> Any:
     trainer = trainer_of(ddp(plain_model()))

@@ -167,7 +167,7 @@ def resumed_inside_a_window_under_fsdp() -> Any:
 
 
 @scenario()
-def resumed_after_an_epoch_that_rank_zero_ended() -> Any:
+def resumed_after_an_epoch_that_one_rank_ended() -> Any:
     """The ranks have different numbers of batches, without a length."""
 
     def data() -> UnsizedData:

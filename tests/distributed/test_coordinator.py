@@ -20,6 +20,10 @@ def test_terminate_at_started_ends_all_ranks_before_the_first_iteration(results,
     assert results("terminated_at_the_start_by_one_rank", world_size) == [{"iteration": 0, "epoch": 0}] * world_size
 
 
+def test_terminate_epoch_on_one_rank_skips_epoch_completed_on_all_ranks_if_it_asks_for_that(results):
+    assert results("epoch_ended_without_epoch_completed_by_one_rank") == [{"iteration": 10, "completed": [2]}] * 2
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_interrupt_on_one_rank_interrupts_all_ranks(results, world_size):
     assert results("interrupted_by_one_rank", world_size) == [{"interrupted at": 3, "iteration": 14}] * world_size

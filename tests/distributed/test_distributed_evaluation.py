@@ -12,7 +12,7 @@ def test_a_sharded_model_can_be_evaluated_before_its_first_step(results):
     assert results("evaluation_before_the_first_step") == [0.0, 0.0]
 
 
-def test_evaluation_of_a_sharded_model_ends_when_rank_zero_has_no_more_batches(results):
+def test_evaluation_of_a_sharded_model_ends_when_one_rank_has_no_more_batches(results):
     for counts, error in results("evaluation_of_data_of_unknown_length"):
         assert counts == [2, 4]
         assert "they have [2, 3] batches to evaluate" in error

@@ -29,8 +29,8 @@ def test_a_window_under_fsdp_with_reduced_gradients_is_resumed(results):
         assert differences == {False: pytest.approx(0, abs=1e-14), True: pytest.approx(0, abs=1e-14)}
 
 
-def test_an_epoch_that_ended_because_rank_zero_had_no_more_data_is_resumed_at_its_end(results):
-    assert results("resumed_after_an_epoch_that_rank_zero_ended") == [{5: 0.0, 10: 0.0}] * 2
+def test_an_epoch_that_ended_because_one_rank_had_no_more_data_is_resumed_at_its_end(results):
+    assert results("resumed_after_an_epoch_that_one_rank_ended") == [{5: 0.0, 10: 0.0}] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

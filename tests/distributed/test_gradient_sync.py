@@ -36,7 +36,7 @@ def test_gradients_are_reduced_again_after_a_run_that_ended_inside_a_window(resu
 @pytest.mark.parametrize(
     ("scenario", "text"),
     [
-        ("a_model_that_is_not_wrapped", "2 processes train, but the model of phase 'model' is wrapped for one"),
+        ("a_model_that_is_not_wrapped", "2 processes train, but the model of phase 'model' is not wrapped"),
         ("an_objective_that_bypasses_ddp", "their gradients were not reduced"),
         ("a_schedule_that_differs_between_ranks", "the learning rates of phase 'model' differ: [0.01"),
         ("parameters_unfrozen_after_wrapping", "unfreeze what will be trained, before you wrap it"),
