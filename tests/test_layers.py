@@ -23,6 +23,7 @@ LAYERS = [
     ["camshaft.engines.window", "camshaft.engines.execution", "camshaft.engines.loop"],
     ["camshaft.engines.fire", "camshaft.engines.data_length"],
     ["camshaft.reports", "camshaft.cudagraphs", "camshaft.checkpoints", "camshaft.gan"],
+    ["camshaft.resume"],
     ["camshaft.distributed"],
     ["camshaft.protocols"],
     ["camshaft.data", "camshaft.handler", "camshaft.grad_norms", "camshaft.objective", "camshaft.precision", "camshaft.points"],

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from camshaft.checkpoints.data_position import length_of
+from camshaft.resume.data_position import length_of
 
 __all__ = ["check_not_longer", "check_not_shorter", "pass_length"]
 

@@ -10,13 +10,13 @@ from ignite.engine import Engine, State
 from ignite.metrics import Metric
 from torch import nn
 
-from camshaft.checkpoints.data_position import length_of
-from camshaft.distributed.collectives import all_gather_object, broadcast, until_rank_zero_is_exhausted, world_size
+from camshaft.distributed.collectives import all_gather_object, broadcast, until_any_rank_is_exhausted, world_size
 from camshaft.distributed.dtensors import is_dtensor
 from camshaft.engines.loop import LoopEngine
 from camshaft.models import ddp_wrapper, is_sharded, preserve_training_mode
 from camshaft.precision import precision_for
 from camshaft.pytree import prepare_pair
+from camshaft.resume.data_position import length_of
 from camshaft.rng import preserve_rng_state
 from camshaft.validation import check_device, check_no_class, check_prepare, describe_type, name_of
 
@@ -144,7 +144,7 @@ class Evaluator(LoopEngine):
     def _setup_dataloader_iter(self) -> None:
         super()._setup_dataloader_iter()
         if self._ends_together and self._dataloader_iter is not None:
-            self._dataloader_iter = until_rank_zero_is_exhausted(self._dataloader_iter)
+            self._dataloader_iter = until_any_rank_is_exhausted(self._dataloader_iter)
 
     def _learn_epoch_length(self, length: int) -> None:
         super()._learn_epoch_length(length)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from camshaft.checkpoints.phase_state import check_phase_state, load_phase_state, phase_state_dict, sharding_reference
 from camshaft.distributed.dtensors import local_tensor
 from camshaft.distributed.gradient_sync import SingleProcess
 from camshaft.engines.execution import EagerExecution
@@ -21,6 +20,7 @@ from camshaft.optimizers import has_own_zero_grad
 from camshaft.precision import Precision
 from camshaft.protocols import Execution, GradientSync
 from camshaft.pytree import detach, to_device
+from camshaft.resume.phase_state import check_phase_state, load_phase_state, phase_state_dict, sharding_reference
 from camshaft.validation import bad_loss, check_count, check_device, check_optimizers, describe_type, no_gradients, stateful
 
 __all__ = ["Phase"]

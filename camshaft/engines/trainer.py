@@ -12,9 +12,6 @@ from ignite.engine import Engine, Events, EventsList, State
 from ignite.engine.engine import _EngineTerminateException
 from torch.utils.data import DataLoader
 
-from camshaft.checkpoints.data_position import DataLoaderPosition
-from camshaft.checkpoints.resume import prepare_resume, starts_new_run
-from camshaft.checkpoints.trainer_state import load_trainer_state, trainer_state_dict
 from camshaft.distributed.collectives import world_size
 from camshaft.distributed.coordinator import Coordinator, RankCoordinator
 from camshaft.engines.alternation import check_phases, run_followers, run_iteration
@@ -28,6 +25,9 @@ from camshaft.handler import Handler
 from camshaft.optimizers import group_rates
 from camshaft.reports.explain import explain
 from camshaft.reports.speed import speed_report
+from camshaft.resume.data_position import DataLoaderPosition
+from camshaft.resume.limits import prepare_resume, starts_new_run
+from camshaft.resume.trainer_state import load_trainer_state, trainer_state_dict
 from camshaft.validation import check_optional_count
 
 __all__ = ["Trainer"]

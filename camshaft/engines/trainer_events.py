@@ -10,9 +10,9 @@ from typing import Any
 
 from ignite.engine import Events
 
-from camshaft.checkpoints.metric_state import restore_metrics
 from camshaft.engines.alternation import show_main_clock
 from camshaft.engines.run_state import RunStatus
+from camshaft.resume.metric_state import restore_metrics
 from camshaft.rng import restore_rng
 
 __all__ = ["add_trainer_events", "remember_modes", "warn_of_skipped_batches"]

@@ -14,7 +14,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from camshaft.distributed.dtensors import distribute_like, local_tensor
 from camshaft.events import Priority, StepEvents
 from camshaft.handler import Handler, on
-from camshaft.models import is_sharded, unwrap
+from camshaft.models import (
+    is_sharded,
+    load_plain_state_dict,
+    plain_named_parameters,
+    plain_state_dict,
+    strip_wrapper_prefixes,
+    unwrap,
+)
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -100,7 +107,7 @@ class ExponentialMovingAverage(Handler):
         average, model = self._averaged_state(), self._model
         assert model is not None
         kept = copy.deepcopy(model.state_dict())
-        model.load_state_dict(average)
+        load_plain_state_dict(model, average)
         try:
             yield model
         finally:
@@ -108,7 +115,7 @@ class ExponentialMovingAverage(Handler):
 
     def _averaged_state(self) -> dict[str, Any]:
         """The averaged weights, under the names of the model."""
-        return self.averaged.state if isinstance(self.averaged, ShardedAverage) else dict(self.module.state_dict())
+        return self.averaged.state if isinstance(self.averaged, ShardedAverage) else plain_state_dict(self.module)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates."""
@@ -123,7 +130,7 @@ class ExponentialMovingAverage(Handler):
         if isinstance(self.averaged, ShardedAverage):
             self.averaged.load(state["module"])
         else:
-            self.module.load_state_dict(state["module"])
+            load_plain_state_dict(self.module, state["module"])
         self.averaged.n_averaged.copy_(state["updates"])
 
 
@@ -137,17 +144,17 @@ class ShardedAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.state: dict[str, Any] = copy.deepcopy(model.state_dict())
+        self.state: dict[str, Any] = copy.deepcopy(plain_state_dict(model))
         """The averaged parameters and the copied buffers, split as the model's are."""
         self.n_averaged = torch.tensor(0)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the new weights into the average, and copies the buffers; the first ones are copied too."""
-        trained = dict(model.named_parameters()) if self.n_averaged else {}
+        trained = plain_named_parameters(model) if self.n_averaged else {}
         averages: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
-        for name, value in model.state_dict().items():
+        for name, value in plain_state_dict(model).items():
             if name in trained and value.is_floating_point():
                 averages.append(local_tensor(self.state[name]))
                 weights.append(local_tensor(value))
@@ -159,6 +166,7 @@ class ShardedAverage:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Resumes from an average that was saved, whole or split; every process must call it."""
+        state = strip_wrapper_prefixes(state, self.state)
         for name, own in self.state.items():
             if isinstance(own, torch.Tensor):
                 own.copy_(distribute_like(state[name], own))

@@ -1,0 +1,3 @@
+"""What a resumed run continues from: the state of a trainer, and the position in its data."""
+
+__all__: list[str] = []
