@@ -12,11 +12,11 @@ from torch import nn
 
 from camshaft.checkpoints.file_load import load_checked
 from camshaft.checkpoints.files import CheckpointError, save_durably
-from camshaft.checkpoints.phase_state import check_same_keys
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
 from camshaft.distributed.collectives import all_gather_object, broadcast_object, is_main_process
 from camshaft.distributed.dtensors import distribute_like, full_tensor, is_dtensor
 from camshaft.models import ddp_wrapper, load_plain_state_dict, plain_state_dict, strip_wrapper_prefixes, unwrap
+from camshaft.resume.phase_state import check_same_keys
 
 __all__ = ["load_weights", "save_weights"]
 
