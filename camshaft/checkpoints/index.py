@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from camshaft.checkpoints.file_load import load_checked
+from camshaft.checkpoints.file_load import load_checked, read_json
 from camshaft.checkpoints.files import MANIFEST, CheckpointError, write_durably
 from camshaft.checkpoints.names import EARLIEST_TIME, step_of
 from camshaft.checkpoints.recovery import complete_copies
@@ -94,7 +94,7 @@ def read_index(path: Path) -> tuple[str, list[Entry]]:
         CheckpointError: if it cannot be read, or is not as it was written.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         if content.pop("crc32") != _sum(content):
             raise ValueError("its text doesn't match its checksum")
         if not isinstance(content["identity"], str):
@@ -102,7 +102,9 @@ def read_index(path: Path) -> tuple[str, list[Entry]]:
         return content["identity"], _entries(content["checkpoints"], path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
 
 
@@ -111,7 +113,7 @@ def _entries(listed: list[dict[str, Any]], path: Path) -> list[Entry]:
     for item in listed:
         try:
             entry = Entry(**item)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             ignored.append(repr(item.get("file") if isinstance(item, dict) else item)[:100])
         else:
             entries[entry.file] = entry
@@ -196,11 +198,11 @@ class Index:
         """The good checkpoints that the index lacks, because of a kill between two writes, oldest first."""
         found = []
         for name in self.names() - {entry.file for entry in self.entries}:
-            with suppress(CheckpointError, OSError, KeyError, TypeError, ValueError):
+            with suppress(CheckpointError, OSError, KeyError, TypeError, ValueError, OverflowError):
                 path = self.path_of(name)
                 mark = load_checked(path / MANIFEST if path.is_dir() else path)["rotation"]
                 entry = Entry(**mark["entry"])
-                if entry.file == name:  # a copy under another name belongs to the user
+                if entry.file == name and isinstance(mark["identity"], str):  # a copy under another name belongs to the user
                     found.append(_Mark(mark["identity"], entry))
         return sorted(found, key=lambda mark: mark.entry.order)
 

@@ -12,6 +12,7 @@ from camshaft.checkpoints.file_load import load_checked
 from camshaft.checkpoints.files import CheckpointError, check_name_lengths
 from camshaft.checkpoints.index import Index
 from camshaft.checkpoints.retention import best_first
+from camshaft.checkpoints.schema import check_content
 from camshaft.checkpoints.sharded_load import Reference, load_manifest, load_shards
 from camshaft.distributed.collectives import all_gather_object, on_rank_zero, world_size
 
@@ -112,7 +113,9 @@ def read(path: Path, reference: Reference) -> Any:
         CheckpointError: if it cannot be used.
     """
     is_sharded, content = on_every_rank(lambda: read_own(path))
-    return load_shards(path, content, reference) if is_sharded else content
+    content = load_shards(path, content, reference) if is_sharded else content
+    check_content(content, path)
+    return content
 
 
 def read_own(path: Path) -> tuple[bool, Any]:
