@@ -8,11 +8,11 @@ from importlib.util import find_spec
 __all__ = ["main"]
 
 NEEDED = ("click", "rich")
-"""What the extra ``cli`` installs."""
+"""The packages of the extra ``cli``."""
 
 
 def main() -> None:
-    """Runs the command line; where its extra isn't installed, says how to install it and exits with 1.
+    """Runs the command line. If its extra is not installed, it says how to install it and exits with 1.
 
     Raises:
         SystemExit: always, with the command's exit code.

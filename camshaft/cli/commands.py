@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from camshaft.checkpoints.text import printable
 from camshaft.cli.folders import NoRun, find_folders
 from camshaft.cli.integrity import check_folder
 from camshaft.cli.pictures import draw_run
@@ -25,7 +26,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="camshaft")
 def camshaft() -> None:
-    """Looks at what a training run has left behind.
+    """Shows and checks what a training run has written.
 
     RUN is a run's folder (TensorBoard's event files, and a folder of checkpoints in it), or the folder of checkpoints itself.
     """
@@ -40,16 +41,18 @@ def show(run: Path, plot: bool, plot_to: Path | None, as_json: bool) -> None:
     """Prints a run's checkpoints, metrics and learning rates, and why it stopped."""
     try:
         found = read_run(run)
+    except OSError as error:
+        raise click.ClickException(printable(f"{run} can't be read: {error}")) from None
     except NoRun as error:
-        raise click.BadParameter(str(error), param_hint="RUN") from None
+        raise click.BadParameter(printable(str(error)), param_hint="RUN") from None
     picture = plot_to or (run / "curves.png" if plot else None)
     if picture is not None:
         if not found.metrics and not found.learning_rates:
-            raise click.ClickException(f"{run} has neither metrics nor learning rates to draw")
+            raise click.ClickException(printable(f"{run} has neither metrics nor learning rates to draw"))
         try:
             draw_run(found, picture)
         except (OSError, ValueError, ModuleNotFoundError) as error:
-            raise click.ClickException(f"{picture} can't be drawn: {error}") from None
+            raise click.ClickException(printable(f"{picture} can't be drawn: {error}")) from None
     if as_json:
         print_json(found.as_json() | {"picture": None if picture is None else str(picture)})
         return
@@ -62,14 +65,17 @@ def show(run: Path, plot: bool, plot_to: Path | None, as_json: bool) -> None:
 @RUN
 @JSON
 def verify(run: Path, as_json: bool) -> None:
-    """Checks that every checkpoint is as it was written; exits with 1 if one isn't."""
+    """Checks that every checkpoint is as it was written; exits with 1 if one is not."""
     try:
         folder = find_folders(run).checkpoints
         if folder is None:
             raise NoRun(f"{run} has no folder of checkpoints")
     except NoRun as error:
-        raise click.BadParameter(str(error), param_hint="RUN") from None
-    integrity = check_folder(folder)
+        raise click.BadParameter(printable(str(error)), param_hint="RUN") from None
+    try:
+        integrity = check_folder(folder)
+    except OSError as error:
+        raise click.ClickException(printable(f"{folder} can't be read: {error}")) from None
     if as_json:
         print_json(integrity.as_json())
     else:
@@ -78,11 +84,11 @@ def verify(run: Path, as_json: bool) -> None:
 
 
 def new_console() -> Console:
-    """As wide as the terminal; into a file or a pipe wide enough for whole rows."""
+    """A console of the terminal's width; for a file or a pipe, wide enough for complete rows."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """JSON and nothing else on the standard output."""
+    """Prints JSON, and nothing else."""
     click.echo(json.dumps(content, indent=1, allow_nan=False))

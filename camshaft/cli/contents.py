@@ -1,4 +1,4 @@
-"""What a checkpoint holds, be it a file or a folder that several processes have written."""
+"""The content of a checkpoint, which is a file, or a folder that several processes have written."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from camshaft.checkpoints.file_load import load_checked
 from camshaft.checkpoints.files import CheckpointError
 from camshaft.checkpoints.names import step_of
-from camshaft.checkpoints.sharded_load import load_manifest, load_shards
+from camshaft.checkpoints.schema import check_content
+from camshaft.checkpoints.sharded_load import load_manifest, load_shards, unflatten_tensors
 
 __all__ = ["checked", "newest_content", "size_of", "without_weights"]
 
@@ -21,26 +24,30 @@ def checked(path: Path) -> Any:
         path: the file, or the folder of a sharded checkpoint.
 
     Returns:
-        Its content; of a folder, what it holds beside its tensors.
+        Its content; of a folder, everything except its tensors.
 
     Raises:
         CheckpointError: says what is wrong with it.
     """
     is_ours = step_of(path.name) is not None
-    if not path.is_dir():
-        content = load_checked(path, sealed=is_ours)
-    else:
-        try:
-            content = load_manifest(path)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint of a trainer: its manifest lists no files") from error
-    if is_ours and not (isinstance(content, dict) and "phases" in content):
-        raise CheckpointError(f"{path} is not a checkpoint of a trainer")
+    if path.is_dir():
+        content = load_manifest(path)
+        parts = {key: unflatten_tensors(content.get(key), without_values) for key in ("phases", "handlers")}
+        check_content({**content, **parts}, path)
+        return content
+    content = load_checked(path, sealed=is_ours)
+    if is_ours:
+        check_content(content, path)
     return content
 
 
+def without_values(placeholder: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor that has a shape and a dtype, but takes no memory."""
+    return torch.empty(placeholder["shape"], dtype=placeholder["dtype"], device="meta")
+
+
 def without_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """A sharded checkpoint's handlers and clocks with their tensors, which are small; its weights stay on the disk.
+    """Reads the handlers and clocks of a sharded checkpoint with their tensors, which are small; its weights are not read.
 
     Raises:
         CheckpointError: if a part can't be read.
@@ -53,26 +60,31 @@ def without_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def rates_of(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state without what it keeps for each parameter."""
+    """The state of an optimizer without the entries of each parameter."""
     return {"param_groups": optimizer["param_groups"]}
 
 
-def newest_content(paths: list[Path]) -> tuple[Mapping[str, Any], list[str]]:
-    """What the first good one of some checkpoints holds (nothing if there is none), and what is wrong with those before."""
+def newest_content(paths: list[Path]) -> tuple[Path | None, Mapping[str, Any], list[str]]:
+    """The first good checkpoint, its content (empty if there is none), and what is wrong with those before it."""
     warnings: list[str] = []
     for path in paths:
         try:
             content = checked(path)
             if "clocks" in content:
-                return without_weights(path, content) if path.is_dir() else content, warnings
+                return path, without_weights(path, content) if path.is_dir() else content, warnings
             warnings.append(f"{path} is not a checkpoint of a trainer")
-        except CheckpointError as error:
+        except FileNotFoundError:
+            warnings.append(f"{path} does not exist")
+        except (CheckpointError, OSError) as error:
             warnings.append(str(error))
-    return {}, warnings
+    return None, {}, warnings
 
 
 def size_of(path: Path) -> int | None:
     """The bytes of a file, or of all files of a folder; ``None`` if it does not exist."""
-    if path.is_dir():
-        return sum(part.stat().st_size for part in path.iterdir())
-    return path.stat().st_size if path.is_file() else None
+    try:
+        if path.is_dir():
+            return sum(part.stat().st_size for part in path.iterdir())
+        return path.stat().st_size if path.is_file() else None
+    except OSError:  # it was deleted in the meantime
+        return None

@@ -1,4 +1,4 @@
-"""If a run keeps its checkpoints and its event files."""
+"""Finds where a run keeps its checkpoints and its event files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Folders", "NoRun", "find_folders", "has_checkpoints", "has_events", 
 
 
 SHOWN = 12
-"""How many runs an error names."""
+"""The number of runs that an error names."""
 
 
 class NoRun(ValueError):
-    """A path that holds no run; the text says what was looked for."""
+    """A path is not a run; the text says what was looked for."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Folders:
     """The folders of one run."""
 
     run: Path
-    """What was asked for."""
+    """The path that was given."""
     checkpoints: Path | None
-    """Where ``checkpoints.json`` and the checkpoints are."""
+    """The folder of ``checkpoints.json`` and the checkpoints."""
     events: Path | None
-    """Where TensorBoard's event files are."""
+    """The folder of TensorBoard's event files."""
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a folder holds the checkpoints of a run, or their index alone."""
+    """Whether a folder holds the checkpoints of a run, or at least their index."""
     return (folder / INDEX).is_file() or any(step_of(path.name) is not None for path in folder.glob("step-*"))
 
 
@@ -43,7 +43,7 @@ def has_events(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds what a run leaves behind."""
+    """Whether a folder holds what a run writes."""
     return has_events(folder) or any(has_checkpoints(inner) for inner in folder.glob("*/"))
 
 
@@ -52,13 +52,13 @@ def find_folders(run: Path) -> Folders:
 
     Args:
         run: the run's folder, with event files, a folder of checkpoints or both in it; or the folder of checkpoints itself,
-            and then the event files beside it belong to it.
+            and then the event files next to it belong to it.
 
     Returns:
         The folders.
 
     Raises:
-        NoRun: where the path is neither, or could be several runs.
+        NoRun: if the path is neither, or could be several runs.
 
     Example:
         >>> import tempfile
@@ -70,8 +70,8 @@ def find_folders(run: Path) -> Folders:
         problem = "is a file" if run.exists() else "does not exist"
         raise NoRun(f"{run} {problem}; give a run's folder such as runs/mnist, or its folder of checkpoints")
     if has_checkpoints(run):
-        beside = run.resolve().parent
-        return Folders(run, run, run if has_events(run) else beside if has_events(beside) else None)
+        parent = run.resolve().parent
+        return Folders(run, run, run if has_events(run) else parent if has_events(parent) else None)
     inner = sorted(folder for folder in run.iterdir() if folder.is_dir() and has_checkpoints(folder))
     if len(inner) > 1:
         raise NoRun(f"{run} has several folders of checkpoints; give one of {', '.join(map(str, inner))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +15,16 @@ from camshaft.cli.contents import checked
 
 __all__ = ["Integrity", "Verdict", "check_folder", "verdicts"]
 
+ATTEMPTS = 5
+"""The number of looks at a checkpoint that a running job deletes or replaces in the meantime."""
+
+PAUSE = 0.1
+"""The seconds between them."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said of one file."""
+    """The result of checking one file."""
 
     file: str
     good: bool
@@ -29,13 +36,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Integrity:
-    """What is to be said of a folder of checkpoints."""
+    """The result of checking a folder of checkpoints."""
 
     folder: Path
     files: tuple[Verdict, ...]
-    """The index, what it lists, in the order of writing, and then what it doesn't."""
+    """The index, the files that it lists, oldest first, and then the others."""
     leftovers: tuple[str, ...]
-    """Temporary files of saves that were killed; the next run clears them away."""
+    """Temporary files of saves that were killed; the next run deletes them."""
 
     @property
     def bad(self) -> list[Verdict]:
@@ -65,9 +72,9 @@ def check_folder(folder: Path) -> Integrity:
         >>> import tempfile, torch
         >>> from camshaft.checkpoints.files import save_durably
         >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = save_durably({"phases": {}}, folder / "step-00000001.pt")
+        >>> _ = save_durably({"weight": torch.zeros(1)}, folder / "mine.pt")
         >>> [(verdict.file, verdict.good, verdict.listed) for verdict in check_folder(folder).files]
-        [('step-00000001.pt', True, False)]
+        [('mine.pt', True, False)]
         >>> _ = (folder / "step-00000001.pt").write_bytes(b"damaged")
         >>> check_folder(folder).bad[0].reason
         'is damaged or no checkpoint: File is not a zip file'
@@ -77,7 +84,7 @@ def check_folder(folder: Path) -> Integrity:
 
 
 def verdicts(folder: Path) -> Iterator[Verdict]:
-    """The verdicts of :func:`check_folder`, as they come."""
+    """The verdicts of :func:`check_folder`, one after another."""
     listed: list[str] = []
     try:
         listed = [entry.file for entry in read_index(folder / INDEX)[1]]
@@ -87,21 +94,62 @@ def verdicts(folder: Path) -> Iterator[Verdict]:
     except CheckpointError as error:
         yield Verdict(INDEX, good=False, listed=False, reason=without_path(error, folder / INDEX))
     found = {path.name for path in folder.iterdir() if path.suffix == ".pt" or step_of(path.name) is not None}
-    unlisted = sorted(found.difference(listed))
-    for name in [*listed, *unlisted]:
-        reason = problem_of(folder / name)
-        yield Verdict(name, good=reason is None, listed=name in listed, reason=reason)
+    is_listed = set(listed)
+    for name in [*listed, *sorted(found.difference(listed))]:
+        good, reason = check_one(folder, name, name in is_listed)
+        if good or reason is not None:
+            yield Verdict(name, good=good, listed=name in is_listed, reason=reason)
+
+
+def check_one(folder: Path, name: str, is_listed: bool) -> tuple[bool, str | None]:
+    """Whether a checkpoint is good, and what is wrong with it.
+
+    A running job may delete or replace it in the meantime. Then the folder is looked at again, and there is no reason if the
+    checkpoint does not belong to the folder any more.
+    """
+    path, reason = folder / name, None
+    for attempt in range(ATTEMPTS):
+        before = identity(path)
+        reason = problem_of(path)
+        if reason is None:
+            return True, None
+        if before is not None and identity(path) == before:
+            return False, reason
+        if not (is_listed and is_in_index(folder, name)) and identity(path) is None:
+            return False, None
+        if attempt or before is None:
+            time.sleep(PAUSE)
+    return False, reason
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What changes if a file is replaced, or a file is deleted from a folder; ``None`` if it does not exist."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def is_in_index(folder: Path, name: str) -> bool:
+    """Whether the index lists a checkpoint now."""
+    try:
+        return any(entry.file == name for entry in read_index(folder / INDEX)[1])
+    except (CheckpointError, OSError):
+        return True
 
 
 def problem_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or with any other file that ``torch.save`` has written."""
     try:
         checked(path)
-    except CheckpointError as error:
+    except FileNotFoundError:
+        return "does not exist"
+    except (CheckpointError, OSError) as error:
         return without_path(error, path)
     return None
 
 
-def without_path(error: CheckpointError, path: Path) -> str:
+def without_path(error: Exception, path: Path) -> str:
     """The text of an error, which begins with the path of its file, without it."""
     return str(error).removeprefix(f"{path} ")

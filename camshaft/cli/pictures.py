@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from camshaft.checkpoints.text import printable
 from camshaft.cli.curves import Curves
 from camshaft.cli.run import Run
 
 __all__ = ["draw_run", "panels"]
 
+MOST_PANELS = 40
+"""The largest number of panels in a picture."""
+
 
 def panels(run: Run) -> dict[str, Curves]:
-    """The curves that are drawn together, by the title of their panel.
+    """The curves that share a panel, by its title.
 
-    Losses share one, whatever they belong to; so do metrics of one name (``val/accuracy`` and ``test/accuracy``), and so do
+    All losses share one; so do metrics with the same last part of their name (``val/accuracy`` and ``test/accuracy``), and
     the learning rates, which come last.
 
     Example:
@@ -30,32 +34,39 @@ def panels(run: Run) -> dict[str, Curves]:
     return {title: curves for title, curves in found.items() if curves}
 
 
+def plain_title(text: str) -> str:
+    """A text as it is: matplotlib would read ``$`` as the beginning of a formula."""
+    return printable(text, limit=100).replace("$", r"\$")
+
+
 def draw_run(run: Run, path: Path) -> None:
     """Draws a run's metrics and learning rates over its optimizer steps.
 
     Args:
         run: the run.
-        path: where the picture goes; its ending chooses the format.
+        path: the file of the picture; its suffix chooses the format.
 
     Raises:
-        ModuleNotFoundError: if matplotlib isn't installed.
-        OSError: if the picture can't be written.
+        ModuleNotFoundError: if matplotlib is not installed.
+        OSError: if the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ModuleNotFoundError("plotting needs matplotlib: pip install matplotlib") from None
-    shown = panels(run)
+    shown = dict(list(panels(run).items())[:MOST_PANELS])
     columns = 2 if len(shown) > 1 else 1
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(5.5 * columns, 3 * rows), layout="constrained")
-    figure.suptitle(str(run.path))
+    figure.suptitle(plain_title(str(run.path)))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (title, curves) in zip(axes, shown.items(), strict=False):
         for name, curve in sorted(curves.items()):
             marker = "o" if len(curve) == 1 else None
-            panel.plot([point.step for point in curve], [point.value for point in curve], label=name, marker=marker)
-        panel.set(title=title, xlabel="optimizer step")
+            panel.plot(
+                [point.step for point in curve], [point.value for point in curve], label=plain_title(name), marker=marker
+            )
+        panel.set(title=plain_title(title), xlabel="optimizer step")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.legend()

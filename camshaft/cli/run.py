@@ -1,10 +1,11 @@
-"""A run as it lies on the disk: a pure data structure, read from its checkpoints and its event files."""
+"""What a run has written to the disk: plain data, read from its checkpoints and its event files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,23 +48,23 @@ class Ending:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left behind."""
+    """What a run has written."""
 
     path: Path
     checkpoints_folder: Path | None = None
     events_folder: Path | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
-    """In the order in which they were written."""
+    """Oldest first."""
     metrics: Curves = field(default_factory=dict)
     """Name -> (optimizer step, value): from the event files, and if there are none from the checkpoints."""
     learning_rates: Curves = field(default_factory=dict)
-    """Name -> (optimizer step, rate): ``LRHistory``'s where a checkpoint has it, the event files' elsewhere."""
+    """Name -> (optimizer step, rate): from ``LRHistory`` if a checkpoint has it, otherwise from the event files."""
     ending: Ending = Ending("not known", ended=False)
     warnings: tuple[str, ...] = ()
     """What could not be read, and why."""
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values for ``json.dumps``; what isn't finite is ``None``, for JSON has no word for it."""
+        """The same as plain values for ``json.dumps``; a value that is not finite is ``None``, which JSON can express."""
         return {
             "run": str(self.path),
             "checkpoints_folder": None if self.checkpoints_folder is None else str(self.checkpoints_folder),
@@ -107,8 +108,8 @@ def read_run(path: Path) -> Run:
     """
     folders = find_folders(path)
     index = None if folders.checkpoints is None else Index(folders.checkpoints)
-    content, warnings = ({}, []) if index is None else newest_content(index.newest_first())
-    events = NO_EVENTS if folders.events is None else read_events(folders.events)
+    newest, content, warnings = (None, {}, []) if index is None else newest_content(index.newest_first())
+    events, unreadable = (NO_EVENTS, []) if folders.events is None else read_events(folders.events)
     entries = [] if index is None else index.entries
     rates = {name: curve for name, curve in events.scalars.items() if is_learning_rate(name)}
     return Run(
@@ -118,8 +119,8 @@ def read_run(path: Path) -> Run:
         checkpoints=() if index is None else tuple(checkpoint_of(entry, index.folder) for entry in entries),
         metrics={name: curve for name, curve in events.scalars.items() if name not in rates} or metrics_from(entries),
         learning_rates=history_from(content) or rates or present_rates(content),
-        ending=ending_from(content, events),
-        warnings=tuple(warnings),
+        ending=ending_from(content, events, saved_at(newest, content)),
+        warnings=(*warnings, *unreadable),
     )
 
 
@@ -138,7 +139,7 @@ def checkpoint_of(entry: Entry, folder: Path) -> Checkpoint:
 
 
 def metrics_from(entries: Iterable[Entry]) -> dict[str, list[Point]]:
-    """The metrics that the index notes beside each checkpoint."""
+    """The metrics that the index holds for each checkpoint."""
     curves: dict[str, list[Point]] = {}
     for entry in entries:
         for name, value in entry.metrics.items():
@@ -148,7 +149,7 @@ def metrics_from(entries: Iterable[Entry]) -> dict[str, list[Point]]:
 
 
 def history_from(content: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """What the handler ``LRHistory`` has noted, under whatever name it was attached."""
+    """The learning rates of the handler ``LRHistory``, whatever its name is."""
     for state in content.get("handlers", {}).values():
         if isinstance(state, Mapping) and state and all(is_noted(name, notes) for name, notes in state.items()):
             return {
@@ -159,14 +160,14 @@ def history_from(content: Mapping[str, Any]) -> dict[str, list[Point]]:
 
 
 def is_noted(name: Any, notes: Any) -> bool:
-    """Whether an entry of a handler's state is a learning rate's steps and values."""
+    """Whether an entry of a handler's state holds the steps and values of a learning rate."""
     if not isinstance(name, str) or not is_learning_rate(name) or not isinstance(notes, (list, tuple)) or len(notes) != 2:
         return False
     return all(isinstance(part, torch.Tensor) and part.dim() == 1 for part in notes) and len(notes[0]) == len(notes[1])
 
 
 def present_rates(content: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """The rates in a checkpoint's optimizers: what the step after it would use."""
+    """The learning rates in the optimizers of a checkpoint, which the next step would use."""
     phases = content.get("phases", {})
     rates = {}
     for phase, state in phases.items():
@@ -176,13 +177,13 @@ def present_rates(content: Mapping[str, Any]) -> dict[str, list[Point]]:
     return rates
 
 
-def ending_from(content: Mapping[str, Any], events: Events) -> Ending:
-    """Why a run stopped, as far as its event files know, and else its newest good checkpoint."""
+def ending_from(content: Mapping[str, Any], events: Events, saved: float) -> Ending:
+    """Why a run stopped: from its event files, or else from its newest good checkpoint."""
     if events.ending is not None:
         return Ending(events.ending, ended=True)
     if not content:
         return unknown("there is no good checkpoint")
-    if content.get("rotation", {}).get("entry", {}).get("written", 0) < events.began * 1e9:
+    if saved < events.began:
         return unknown("the newest good checkpoint was written before the latest run began")
     clocks = content["clocks"]
     epoch, iteration, max_epochs, max_iters = (clocks[name] for name in ("epoch", "iteration", "max_epochs", "max_iters"))
@@ -195,6 +196,20 @@ def ending_from(content: Mapping[str, Any], events: Events) -> Ending:
     return unknown(f"the newest good checkpoint is of {where}")
 
 
+def saved_at(path: Path | None, content: Mapping[str, Any]) -> float:
+    """When a checkpoint was saved, in seconds since 1970; 0 if that is not known.
+
+    The time in a checkpoint has full seconds. That of the file is more precise, but may be the time when it was copied.
+    """
+    entry = content.get("rotation", {}).get("entry", {})
+    if path is None:
+        return 0.0
+    try:
+        return min(datetime.fromisoformat(entry["time"]).timestamp() + 1, path.stat().st_mtime)
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return 0.0
+
+
 def unknown(why: str) -> Ending:
-    """What is said of a run that nothing has noted the end of."""
+    """The ending of a run of which no file says why it stopped."""
     return Ending(f"not known: {why}; it still continues, was killed, or has failed", ended=False)

@@ -1,4 +1,4 @@
-"""A run, and the verdicts on its files, as tables for a terminal."""
+"""A run, and the results of checking its files, as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from camshaft.checkpoints.index import INDEX
+from camshaft.checkpoints.text import printable
 from camshaft.cli.curves import Curve, Curves
 from camshaft.cli.integrity import Integrity
 from camshaft.cli.run import Checkpoint, Run
@@ -18,30 +19,37 @@ __all__ = ["bytes_as_text", "print_integrity", "print_run", "sparkline"]
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDE = 110
-"""From so many columns on there is room for the curves."""
+"""The number of columns that the curves need."""
+
+MOST_ROWS = 1000
+MOST_WARNINGS = 20
+LONGEST_NAME = 200
+"""What is printed at most, however much a file holds."""
 
 
 def print_run(run: Run, console: Console) -> None:
-    """Prints what a run has left behind: checkpoints, metrics, learning rates, and why it stopped."""
+    """Prints what a run has written: checkpoints, metrics, learning rates, and why it stopped."""
     drawn = console.encoding.startswith("utf") and console.width >= WIDE
-    console.print(Text(str(run.path), style="bold"), soft_wrap=True)
+    console.print(Text(printable(str(run.path)), style="bold"), soft_wrap=True)
     console.print(checkpoint_table(run.checkpoints) if run.checkpoints else Text("no checkpoints"), "")
     for title, curves in (("metrics", run.metrics), ("learning rates", run.learning_rates)):
         console.print(curve_table(title, curves, drawn=drawn) if curves else Text(f"no {title}"), "")
-    for warning in run.warnings:
-        console.print(Text.assemble(("bad: ", "bold red"), warning), soft_wrap=True)
-    console.print(Text.assemble(("why it stopped: ", "bold"), run.ending.reason), soft_wrap=True)
+    for warning in shown_of(run.warnings, console):
+        console.print(Text.assemble(("bad: ", "bold red"), printable(warning)), soft_wrap=True)
+    console.print(Text.assemble(("why it stopped: ", "bold"), printable(run.ending.reason)), soft_wrap=True)
 
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
-    """One row for each checkpoint, in the order of writing."""
+    """One row for each checkpoint, oldest first."""
     table = new_table("checkpoints", "file", "step", "epoch", "iteration", "score", "written", "size")
-    for one in checkpoints:
+    if len(checkpoints) > MOST_ROWS:
+        table.caption = Text(f"the newest {MOST_ROWS} of {len(checkpoints)} checkpoints")
+    for one in checkpoints[-MOST_ROWS:]:
         table.add_row(
-            Text(one.file),
-            *(str(one.optimizer_step), str(one.epoch), str(one.iteration)),
+            name_of(one.file),
+            *(Text(count_as_text(number)) for number in (one.optimizer_step, one.epoch, one.iteration)),
             "" if one.score is None else f"{one.score:.5g}",
-            one.time.replace("T", " ").removesuffix("+00:00"),
+            name_of(one.time.replace("T", " ").removesuffix("+00:00")),
             Text("does not exist", style="red") if one.size is None else bytes_as_text(one.size),
         )
     return table
@@ -52,30 +60,52 @@ def curve_table(title: str, curves: Curves, *, drawn: bool) -> Table:
     table = new_table(
         title, "name", "points", "last", "step", "lowest", "step", "highest", "step", *(["curve"] if drawn else [])
     )
-    for name, curve in sorted(curves.items()):
+    if len(curves) > MOST_ROWS:
+        table.caption = Text(f"{MOST_ROWS} of {len(curves)} curves")
+    for name, curve in sorted(curves.items())[:MOST_ROWS]:
         finite = [point for point in curve if math.isfinite(point.value)]
         chosen = [curve[-1]]
         if finite:
             chosen += [min(finite, key=lambda point: point.value), max(finite, key=lambda point: point.value)]
         cells = [cell for point in chosen for cell in (f"{point.value:.5g}", str(point.step))]
-        table.add_row(Text(name), str(len(curve)), *cells, *[""] * (6 - len(cells)), *([sparkline(curve)] if drawn else []))
+        table.add_row(name_of(name), str(len(curve)), *cells, *[""] * (6 - len(cells)), *([sparkline(curve)] if drawn else []))
     return table
 
 
 def print_integrity(integrity: Integrity, console: Console) -> None:
-    """Prints the verdict on each file, and a line that sums them up."""
-    table = new_table(str(integrity.folder), "file", "", "what")
-    for verdict in integrity.files:
+    """Prints the result for each file, and a line that sums them up."""
+    table = new_table(printable(str(integrity.folder)), "file", "", "what")
+    rows = sorted(integrity.files, key=lambda verdict: verdict.good) if len(integrity.files) > MOST_ROWS else integrity.files
+    if len(rows) > MOST_ROWS:
+        table.caption = Text(f"{MOST_ROWS} of {len(rows)} files, the bad ones first")
+    for verdict in rows[:MOST_ROWS]:
         said = [verdict.reason] if verdict.reason else []
         if not verdict.listed and verdict.file != INDEX:
             said.append(f"not listed in {INDEX}")
         word = Text("good", style="green") if verdict.good else Text("bad", style="bold red")
-        table.add_row(Text(verdict.file), word, Text("; ".join(said)))
-    for name in integrity.leftovers:
-        table.add_row(Text(name), Text("left", style="yellow"), Text("of a save that was killed; the next run clears it away"))
+        table.add_row(name_of(verdict.file), word, Text(printable("; ".join(said))))
+    for name in integrity.leftovers[:MOST_ROWS]:
+        table.add_row(name_of(name), Text("left", style="yellow"), Text("of a save that was killed; the next run deletes it"))
     console.print(table)
     bad = len(integrity.bad)
     console.print(Text(f"{bad} of {len(integrity.files)} files are bad" if bad else "every file is as it was written"))
+
+
+def shown_of(warnings: Sequence[str], console: Console) -> Sequence[str]:
+    """The first warnings; says how many there are if there are more."""
+    if len(warnings) > MOST_WARNINGS:
+        console.print(Text(f"{len(warnings)} problems, of which the first {MOST_WARNINGS} are shown"))
+    return warnings[:MOST_WARNINGS]
+
+
+def name_of(text: str) -> Text:
+    """A name from a file as a cell."""
+    return Text(printable(text, limit=LONGEST_NAME))
+
+
+def count_as_text(number: int) -> str:
+    """A count from a file, which could have thousands of digits."""
+    return str(number) if number < 10**18 else "over 10^18"
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -106,7 +136,7 @@ def sparkline(curve: Curve, width: int = 20) -> str:
 
 
 def bytes_as_text(size: int) -> str:
-    """A size as people say it.
+    """A size in readable units.
 
     Example:
         >>> bytes_as_text(999), bytes_as_text(64_200_000)

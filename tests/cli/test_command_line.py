@@ -108,7 +108,7 @@ def test_a_checkpoint_has_its_step_epoch_and_score(run):
 
 def test_a_checkpoint_that_is_gone_is_said_to_be(run):
     (run / "checkpoints" / "step-00000006.pt").unlink()
-    assert row(typed("show", run).output, "step-00000006.pt")[-1] == "isn't there"
+    assert row(typed("show", run).output, "step-00000006.pt")[-1] == "does not exist"
 
 
 def test_a_damaged_checkpoint_is_said_to_be_bad(run):

@@ -48,7 +48,7 @@ def test_an_empty_file_is_bad(folder):
 
 def test_a_listed_file_that_is_gone_is_bad(folder):
     (folder / "step-00000006.pt").unlink()
-    assert bad(folder) == {"step-00000006.pt": "isn't there"}
+    assert bad(folder) == {"step-00000006.pt": "does not exist"}
 
 
 def test_a_file_without_its_seal_is_bad(folder):

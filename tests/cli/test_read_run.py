@@ -178,7 +178,7 @@ def test_the_end_of_an_earlier_run_is_not_that_of_one_that_still_goes_on(tmp_pat
 
     trainer.run(batches(3), max_epochs=4)
     whys = ["checkpoint was written before the latest run began", "checkpoint is of epoch 3 of 4"]
-    assert seen == [f"not known: the newest good {why}; it still goes on, was killed, or has failed" for why in whys]
+    assert seen == [f"not known: the newest good {why}; it still continues, was killed, or has failed" for why in whys]
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_where_every_checkpoint_is_damaged_there_is_no_end_to_tell(tmp_path):
     flip(rotation.last)
     flip(rotation.best)
     run = read_run(tmp_path)
-    assert run.ending.reason == "not known: there is no good checkpoint; it still goes on, was killed, or has failed"
+    assert run.ending.reason == "not known: there is no good checkpoint; it still continues, was killed, or has failed"
     assert (run.learning_rates, len(run.warnings)) == ({}, 2)
 
 

@@ -82,7 +82,7 @@ def test_a_folder_of_other_files_is_no_run(tmp_path):
 
 
 def test_a_path_that_is_not_there_is_said_to_be_missing(tmp_path):
-    with pytest.raises(NoRun, match="misspelt isn't there; give a run's folder such as runs/mnist"):
+    with pytest.raises(NoRun, match="misspelt does not exist; give a run's folder such as runs/mnist"):
         find_folders(tmp_path / "misspelt")
 
 

@@ -50,7 +50,7 @@ def test_a_damaged_part_makes_it_bad(part, damage, folder):
 
 def test_a_part_that_is_gone_is_named(folder):
     (folder / "step-00000006" / "__0_0.distcp").unlink()
-    assert bad(folder) == {"step-00000006": "is damaged: __0_0.distcp isn't there"}
+    assert bad(folder) == {"step-00000006": "is damaged: __0_0.distcp does not exist"}
 
 
 def test_without_an_index_the_folders_are_unlisted(folder):
