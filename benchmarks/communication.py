@@ -1,11 +1,11 @@
-"""What an optimizer step of two processes costs over windows of 1 to 16 batches, beside what a simple model says.
+"""Measures the time of an optimizer step of two processes, for windows of 1 to 16 batches, and compares it with a model.
 
 usage: python benchmarks/communication.py [--quick]
 
-The model: a step over a window of k batches takes k * (compute and agree) + update + reduce, where to agree is to tell each
-other of a few integers whether to go on. Each is measured by itself, by a loop written by hand with torch alone, and the step
-by a trainer under DDP, over gloo on this machine. All take turns in the same two processes, so that whatever else the machine
-does disturbs them alike; medians and quartiles are shown, as ratios.
+The model: a step over a window of k batches takes k * (compute + requests) + update + reduce. "Requests" is the all-reduce of a
+few integers by which the ranks share requests to stop. Each part is measured alone, in a loop written with torch only; the step
+is measured in a trainer under DDP, over gloo on this machine. All measurements alternate in the same two processes, so that
+other work on the machine affects them equally. The results are medians and quartiles, as ratios.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def network() -> nn.Module:
-    """Some 2 million parameters, the same ones on each process."""
+    """A network of about 2 million parameters, the same on each rank."""
     torch.manual_seed(0)
     return nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
 
 
 def seconds(action: Callable[[], object], times: int = WINDOWS[-1]) -> float:
-    """How long an action takes where it is done again and again; the processes begin together."""
+    """The mean duration of an action that is repeated, in seconds; the ranks start at the same time."""
     dist.barrier()
     started = time.perf_counter()
     for _ in range(times):
@@ -49,34 +49,34 @@ def seconds(action: Callable[[], object], times: int = WINDOWS[-1]) -> float:
 
 
 def parts(batch: Batch) -> dict[str, Callable[[], object]]:
-    """What a step is made of, by hand."""
+    """The parts of a step, written with torch only."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
-    wishes = torch.zeros(4, dtype=torch.int64)
+    requests = torch.zeros(4, dtype=torch.int64)
 
     def compute() -> None:
         nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
 
-    def compute_and_agree() -> None:
+    def compute_and_share_requests() -> None:
         compute()
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        dist.all_reduce(requests, dist.ReduceOp.MAX)
 
-    compute()  # for there to be gradients
+    compute()  # makes the gradients that update needs
     return {
         "compute": compute,
-        "compute and agree": compute_and_agree,
+        "compute + requests": compute_and_share_requests,
         "update": optimizer.step,
         "reduce": lambda: dist.all_reduce(gradients),
     }
 
 
 class Steps:
-    """A trainer whose optimizer steps are timed, from the end of one to the end of the next.
+    """A trainer that records the time at the end of each optimizer step.
 
     Args:
-        window: how many batches make one.
-        batch: the batch that it gets, again and again.
+        window: the number of batches in a step.
+        batch: the batch, which is repeated.
     """
 
     def __init__(self, window: int, batch: Batch) -> None:
@@ -88,64 +88,64 @@ class Steps:
         self.trainer.add_event_handler(StepEvents.OPTIMIZER_STEP_COMPLETED, lambda: self.ends.append(time.perf_counter()))
 
     def measure(self) -> list[float]:
-        """Seconds for each step but the first ones, in which DDP sorts its buckets."""
+        """The seconds of each step, without the first ones, in which DDP rebuilds its buckets."""
         self.ends = []
         self.trainer.run(self.batches, max_epochs=1)
         return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)][WARM_UP - 1 :]
 
 
 def measure(quick: bool) -> tuple[dict[str, float], dict[int, list[float]]]:
-    """The medians of the parts, and by window the lower quartile, median and upper quartile of a step, in seconds."""
+    """The median of each part, and the quartiles of a step for each window, in seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(idist.get_rank())
     batch = torch.randn(SAMPLES, WIDTH), torch.randn(SAMPLES, WIDTH)
-    by_hand, trainers = parts(batch), {window: Steps(window, batch) for window in WINDOWS}
-    pieces: dict[str, list[float]] = {name: [] for name in by_hand}
+    actions, trainers = parts(batch), {window: Steps(window, batch) for window in WINDOWS}
+    durations: dict[str, list[float]] = {name: [] for name in actions}
     steps: dict[int, list[float]] = {window: [] for window in WINDOWS}
     for _ in range(1 if quick else ROUNDS):
-        for name, action in by_hand.items():
-            pieces[name].append(seconds(action))
+        for name, action in actions.items():
+            durations[name].append(seconds(action))
         for window, trainer in trainers.items():
             steps[window] += trainer.measure()
-    medians = {name: statistics.median(values) for name, values in pieces.items()}
+    medians = {name: statistics.median(values) for name, values in durations.items()}
     return medians, {window: statistics.quantiles(values, n=4) for window, values in steps.items()}
 
 
-def modelled(window: float, part: dict[str, float]) -> float:
-    """How long a step over a window takes by the model."""
-    return window * part["compute and agree"] + part["update"] + part["reduce"]
+def predicted(window: float, part: dict[str, float]) -> float:
+    """The duration of a step over a window according to the model."""
+    return window * part["compute + requests"] + part["update"] + part["reduce"]
 
 
 def page(part: dict[str, float], steps: dict[int, list[float]]) -> str:
-    """The results as text, in units of the compute of one batch."""
+    """The results as Markdown, in units of the compute of one batch."""
     unit = part["compute"]
     lines = [
-        "# What an optimizer step of two processes costs",
+        "# The cost of an optimizer step of two processes",
         "",
         "Two processes over gloo on one machine, one thread each; times in units of one batch's forward and backward pass.",
         "Written by `python benchmarks/communication.py`.",
         "",
-        "| part, by hand | of one batch's compute |",
+        "| part | relative to compute |",
         "|---|---|",
         *(f"| {name} | {part[name] / unit:.3f} |" for name in part),
         "",
-        "The model: a step over k batches takes k * (compute and agree) + update + reduce. Efficiency is the share of the time",
-        "that goes into forward and backward passes.",
+        "The model: a step over k batches takes k * (compute + requests) + update + reduce. Efficiency is the share of the",
+        "time in forward and backward passes.",
         "",
-        "| window | step, median (quartiles) | by the model | measured / model | efficiency | by the model |",
+        "| window | step, median (quartiles) | model | measured / model | efficiency | efficiency, model |",
         "|---|---|---|---|---|---|",
     ]
     for window, (low, middle, high) in steps.items():
-        said = modelled(window, part)
+        expected = predicted(window, part)
         lines.append(
-            f"| {window} | {middle / unit:.2f} ({low / unit:.2f} to {high / unit:.2f}) | {said / unit:.2f} "
-            f"| {middle / said:.2f} | {window * unit / middle:.0%} | {window * unit / said:.0%} |"
+            f"| {window} | {middle / unit:.2f} ({low / unit:.2f} to {high / unit:.2f}) | {expected / unit:.2f} "
+            f"| {middle / expected:.2f} | {window * unit / middle:.0%} | {window * unit / expected:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draw(part: dict[str, float], steps: dict[int, list[float]], path: Path) -> None:
-    """The efficiency over the window: measured, by the model, and for other ratios of reduce to compute."""
+    """Plots the efficiency over the window: measured, by the model, and for other ratios of reduce to compute."""
     from matplotlib.figure import Figure
 
     unit = part["compute"]
@@ -163,7 +163,7 @@ def draw(part: dict[str, float], steps: dict[int, list[float]], path: Path) -> N
             va="center",
             color="#6b7580",
         )
-    axes.plot(windows, [w * unit / modelled(w, part) for w in windows], color="#1f6f8b", label="the model, its parts measured")
+    axes.plot(windows, [w * unit / predicted(w, part) for w in windows], color="#1f6f8b", label="the model, its parts measured")
     shares = {window: [window * unit / quartile for quartile in quartiles] for window, quartiles in steps.items()}
     low, high = ([abs(share[1] - share[end]) for share in shares.values()] for end in (2, 0))
     axes.errorbar(
@@ -180,9 +180,9 @@ def draw(part: dict[str, float], steps: dict[int, list[float]], path: Path) -> N
 
 
 def main() -> None:
-    """Starts two processes, which measure; the first one prints, and writes the page and the picture."""
+    """Starts two processes, which measure. Rank 0 prints the results, and writes the page and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round, and no files")
+    parser.add_argument("--quick", action="store_true", help="run one round, and write no files")
     quick = parser.parse_args().quick
     if not dist.is_torchelastic_launched():
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
