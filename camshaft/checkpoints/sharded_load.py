@@ -19,7 +19,7 @@ from camshaft.checkpoints.names import step_of
 from camshaft.checkpoints.shard_checks import check_part, check_placeholders, check_slices
 from camshaft.checkpoints.shard_table import read_metadata_file
 from camshaft.checkpoints.text import printable
-from camshaft.distributed.collectives import host_group
+from camshaft.distributed.collectives import cpu_group
 from camshaft.distributed.dtensors import is_dtensor
 
 __all__ = ["first_failure", "load_manifest", "load_shards", "unflatten_tensors"]
@@ -86,7 +86,7 @@ def load_shards(path: Path, manifest: dict[str, Any], reference: Reference, *, t
     content = {**manifest, **{key: unflatten_tensors(manifest[key], target) for key in ("phases", "handlers")}}
     try:
         if together and dist.is_initialized():
-            load(targets, storage_reader=_Reader(path), process_group=host_group())
+            load(targets, storage_reader=_Reader(path), process_group=cpu_group())
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a single process is expected here

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from camshaft.checkpoints.files import MANIFEST, checksum, save_durably, sync_folder, temporary_name
 from camshaft.checkpoints.recovery import REPLACED
 from camshaft.checkpoints.sharded_load import first_failure
-from camshaft.distributed.collectives import all_gather_object, host_group, is_main_process, on_rank_zero, rank
+from camshaft.distributed.collectives import all_gather_object, cpu_group, is_main_process, on_rank_zero, rank
 from camshaft.distributed.dtensors import is_dtensor
 
 __all__ = ["flatten_tensors", "save_shards"]
@@ -73,7 +73,7 @@ def _write_parts(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     writer = _Writer(folder, sync_files=True)
     try:
         if dist.is_initialized():
-            save(tensors, storage_writer=writer, process_group=host_group())
+            save(tensors, storage_writer=writer, process_group=cpu_group())
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # one process is what we have

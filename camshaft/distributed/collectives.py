@@ -20,7 +20,7 @@ __all__ = [
     "all_reduce_mean",
     "broadcast",
     "broadcast_object",
-    "host_group",
+    "cpu_group",
     "is_main_process",
     "on_rank_zero",
     "rank",
@@ -30,7 +30,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 
-_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_cpu_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _recent_works: list[Any] = []
 
 
@@ -52,14 +52,14 @@ def is_main_process() -> bool:
 # -- objects and numbers, on the CPU --------------------------------------------------------------------------------------
 
 
-def host_group() -> Any:
+def cpu_group() -> Any:
     """A gloo group of all ranks: a decision sent through it waits for no kernel on a device."""
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
         return world
-    if world not in _host_groups:
-        _host_groups[world] = dist.new_group(backend="gloo")
-    return _host_groups[world]
+    if world not in _cpu_groups:
+        _cpu_groups[world] = dist.new_group(backend="gloo")
+    return _cpu_groups[world]
 
 
 def all_reduce_max(values: Sequence[int]) -> list[int]:
@@ -73,11 +73,11 @@ def all_gather_object(value: Any) -> list[Any]:
     """The values of all ranks, in order; like torch's ``all_gather_object``, but safe at the end of the process."""
     own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    _wait(dist.all_gather(sizes, torch.tensor([len(own)]), group=host_group(), async_op=True))
+    _wait(dist.all_gather(sizes, torch.tensor([len(own)]), group=cpu_group(), async_op=True))
     longest = max(int(size) for size in sizes)
     padded = torch.nn.functional.pad(own, (0, longest - len(own)))
     parts = [torch.empty_like(padded) for _ in sizes]
-    _wait(dist.all_gather(parts, padded, group=host_group(), async_op=True))
+    _wait(dist.all_gather(parts, padded, group=cpu_group(), async_op=True))
     return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
@@ -151,9 +151,6 @@ def until_any_rank_is_exhausted(batches: Iterator[Any]) -> Iterator[Any]:
     all_reduce_max([1])
 
 
-until_rank_zero_is_exhausted = until_any_rank_is_exhausted
-
-
 # -- tensors --------------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +182,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 
 def _group_for(tensor: torch.Tensor) -> Any:
     """The group that sends a tensor; NCCL, for one, cannot send those on the CPU."""
-    return host_group() if tensor.device.type == "cpu" else None
+    return cpu_group() if tensor.device.type == "cpu" else None
 
 
 def _grouped_by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

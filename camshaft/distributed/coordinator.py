@@ -110,9 +110,12 @@ class RankCoordinator(Coordinator):
         except BaseException as error:
             where = f"in epoch {trainer.state.epoch}, iteration {trainer.state.iteration}"
             cause = self.failures.attribute(error, where)
-            if cause is error:
-                raise
-            raise cause from error
+            try:
+                if cause is error:
+                    raise
+                raise cause from error
+            finally:
+                del cause  # its traceback refers to this frame
         finally:
             for phase in trainer.phases.values():
                 phase.gradient_sync.restore()
