@@ -13,7 +13,7 @@ from torch import nn
 from camshaft.checkpoints.file_load import load_checked
 from camshaft.checkpoints.files import CheckpointError, save_durably
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
-from camshaft.distributed.collectives import all_gather_object, broadcast_object, is_main_process
+from camshaft.distributed.collectives import all_gather_object, is_main_process, on_rank_zero
 from camshaft.distributed.dtensors import distribute_like, full_tensor, is_dtensor
 from camshaft.models import ddp_wrapper, load_plain_state_dict, plain_state_dict, strip_wrapper_prefixes, unwrap
 from camshaft.resume.phase_state import check_same_keys
@@ -72,15 +72,7 @@ def write_together(state: Mapping[str, Any], path: Path) -> None:
         value = full_tensor(value)
         if is_main_process():  # one after the other, so that no device has to hold them all
             held[name] = value.detach().cpu() if isinstance(value, torch.Tensor) else value
-    error: OSError | None = None
-    if is_main_process():
-        try:
-            write(held, path)
-        except OSError as failure:
-            error = failure
-    problem = broadcast_object(None if error is None else str(error))
-    if problem is not None:
-        raise error or OSError(f"rank 0 could not write the weights: {problem}")
+    on_rank_zero(lambda: write(held, path))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
