@@ -129,15 +129,16 @@ class LoopEngine(Engine):
         self._compiled.pop(event.name, None)
 
     def _compile(self, event_name: Any) -> tuple[Any, ...]:
-        """An event's handlers as tuples of (function, whether it takes the engine, arguments, keywords, every, filter)."""
+        """An event's handlers as tuples (Ignite's entry, function, takes engine, arguments, keywords, every, filter)."""
         compiled: list[tuple[Any, ...]] = []
-        for function, args, kwargs in self._event_handlers.get(event_name, ()):
+        for entry in self._event_handlers.get(event_name, ()):
+            function, args, kwargs = entry
             takes_engine = bool(args) and isinstance(args[0], weakref.ref)  # Ignite's mark for "wants the engine"
             further = args[1:] if takes_engine else args
             if isinstance(function, FilteredHandler):
-                compiled.append((function.handler, takes_engine, further, kwargs, function.every, function.test))
+                compiled.append((entry, function.handler, takes_engine, further, kwargs, function.every, function.test))
             else:
-                compiled.append((function, takes_engine, further, kwargs, 0, None))
+                compiled.append((entry, function, takes_engine, further, kwargs, 0, None))
         self._compiled[getattr(event_name, "_name_", event_name)] = handlers = tuple(compiled)
         return handlers
 
@@ -153,7 +154,7 @@ class LoopEngine(Engine):
 
     def _run_handlers(self, handlers: Any, event_name: Any, event_args: Any, event_kwargs: Any) -> None:
         clock = None
-        for function, takes_engine, args, kwargs, every, test in handlers:
+        for _, function, takes_engine, args, kwargs, every, test in handlers:
             if test is not None:
                 if clock is None:
                     clock = self.clock(event_name)
@@ -168,7 +169,8 @@ class LoopEngine(Engine):
         """Runs the handlers that have been added to an event while it fired, as Ignite does."""
         while True:
             latest = self._compile(event_name) if event_name in self._event_handlers else ()
-            added = tuple(handler for handler in latest if handler not in known)
+            seen = {id(handler[0]) for handler in known}
+            added = tuple(handler for handler in latest if id(handler[0]) not in seen)
             if not added:
                 return
             known += added
@@ -180,7 +182,7 @@ class LoopEngine(Engine):
             raise e
         self.last_event_name = Events.EXCEPTION_RAISED
         add_note(e, f"camshaft: in epoch {self.state.epoch}, iteration {self.state.iteration}")
-        for function, takes_engine, args, kwargs, _, _ in self._compile(Events.EXCEPTION_RAISED):
+        for _, function, takes_engine, args, kwargs, _, _ in self._compile(Events.EXCEPTION_RAISED):
             try:
                 function(*([self] if takes_engine else []), e, *args, **kwargs)
             except BaseException as second:

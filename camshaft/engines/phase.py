@@ -145,7 +145,7 @@ class Phase:
             Whether the step was completed; ``False`` if the scaler or a handler skipped it.
         """
         state, fire = engine.state, engine.fire
-        state.phase, state.grad_norm = self.name, None
+        state.phase, state.skipped_steps, state.grad_norm = self.name, self.skipped_steps, None
         self.gradient_sync.reduce(self)
         self.precision.unscale(self.optimizers)
         self.normalize_gradients()
@@ -202,7 +202,7 @@ class Phase:
         return result["loss"]
 
     def normalize_gradients(self) -> None:
-        """Divides the gradients by what their losses were not divided by: a shorter window's length, or weights."""
+        """Divides the gradients by what the losses were not divided by in advance: weights, or a shorter window."""
         if not self.is_known_to_train:
             self.check_gradients()
         divisor = self.gradient_sync.normalizer(self)

@@ -1,4 +1,4 @@
-"""If a trainer's run stands."""
+"""The status of a trainer's run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunStatus(Enum):
 
 @dataclass
 class RunState:
-    """If a trainer's run stands."""
+    """The status of a trainer's run, and the checkpoint from which it will continue."""
 
     status: RunStatus = RunStatus.NEW
     checkpoint: Mapping[str, Any] | None = None
@@ -58,6 +58,6 @@ class RunState:
         self.status = RunStatus.FAILED if self.checkpoint is None else RunStatus.RESUMED
 
     def take_checkpoint(self) -> Mapping[str, Any] | None:
-        """The loaded checkpoint; from now on the run stands where it says."""
+        """Returns the loaded checkpoint, and forgets it."""
         checkpoint, self.checkpoint = self.checkpoint, None
         return checkpoint

@@ -74,7 +74,7 @@ class Trainer(LoopEngine):
         self.data_position = DataLoaderPosition()
         self.coordinator = Coordinator()
         """Carries out requests to stop or to save; with several processes, together with the other ranks."""
-        self.last_batch: Any = None
+        self.last_batch: Any = None  # for the turns of the followers
         self.exit_code: int | None = None
         """The exit code of the process when the run has ended, set by a handler that was asked to end it."""
         self.output = output
@@ -155,7 +155,7 @@ class Trainer(LoopEngine):
     def _check_progress(self, status: RunStatus) -> None:
         """Raises ``RuntimeError`` if a complete run has made no optimizer step."""
         run = self.run_state
-        is_complete = status is RunStatus.NEW and run.status is RunStatus.FINISHED and not run.stop_requested
+        is_complete = (status, run.status) == (RunStatus.NEW, RunStatus.FINISHED) and not run.stop_requested
         if is_complete and self.steps_attempted == run.steps_before:
             raise RuntimeError(
                 f"the run ended after {self.state.iteration} iterations without one optimizer step: the data was empty, or "
@@ -170,8 +170,8 @@ class Trainer(LoopEngine):
     @property
     def is_running(self) -> bool:
         """Whether this is called from inside a run."""
-        generator = self._internal_run_generator
-        return generator is not None and inspect.getgeneratorstate(generator) == inspect.GEN_RUNNING
+        run = self._internal_run_generator
+        return run is not None and inspect.getgeneratorstate(run) == inspect.GEN_RUNNING
 
     def terminate(self, skip_completed: bool = False, reason: str | None = None) -> None:
         """Ends the run after the current event, as Ignite does.
@@ -250,8 +250,7 @@ class Trainer(LoopEngine):
         """Describes the cycle as it will run: each event, its handlers in order, their filters and what they change.
 
         Args:
-            speed: adds what would make this run faster, with the speed-up if a few steps on copies can measure it. This takes
-                some seconds and changes nothing. Suggestions about the data need one earlier run.
+            speed: adds what would make this run faster, measured on copies, which takes some seconds and changes nothing.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -329,7 +328,7 @@ class Trainer(LoopEngine):
             A dict that ``torch.load(weights_only=True)`` can read, for :meth:`restore`. Its tensors are the live ones.
 
         Raises:
-            TypeError: if there is something that a checkpoint can't carry; names it.
+            TypeError: names anything that a checkpoint can't carry.
         """
         return trainer_state_dict(self, sharded)
 
@@ -345,6 +344,7 @@ class Trainer(LoopEngine):
             content: the result of :meth:`checkpoint`.
 
         Raises:
-            ValueError: if it belongs to another model, optimizer or scheme. After any error the trainer is unchanged.
+            ValueError: if it belongs to another model or optimizer. After any error the trainer is unchanged.
         """
+        self.state = TrainerState.adopt(self.state)
         load_trainer_state(self, content)

@@ -49,8 +49,7 @@ def prepare_resume(trainer: Any, data: Any, max_epochs: int | None, max_iters: i
     if trainer._is_done(state):
         logger.warning(nothing_to_do(state))
         return True
-    if state.epoch_is_open:
-        state.epoch -= 1
+    state.epoch = checkpoint["clocks"]["epoch"] - state.epoch_is_open  # not -= 1: an earlier attempt may have failed
     return False
 
 

@@ -85,9 +85,7 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 def load_window(phase: PhaseLike, window: Mapping[str, Any] | None) -> None:
     """Restores an open window with its gradients, or none."""
-    phase.window.reset()
-    phase.gradient_sync.discard(phase)
-    phase.zero_grad()
+    phase.abandon_window()
     if window is None:
         return
     phase.window.load_state_dict(window)

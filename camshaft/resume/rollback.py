@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from camshaft.distributed.dtensors import is_dtensor
 from camshaft.models import unwrap
-from camshaft.validation import stateful
+from camshaft.validation import add_note, stateful
 
 __all__ = ["all_or_nothing"]
 
@@ -30,8 +30,8 @@ PHASE_FIELDS = ("optimizer_step", "skipped_steps", "forward_passes")
 def all_or_nothing(trainer: Any) -> Iterator[None]:
     """Undoes what the block has changed of a trainer if it raises.
 
-    The weights are copied to the host for that, which takes as much memory as they do. An optimizer replaces its state when it
-    loads another, so that a reference to the old one is enough.
+    For that the weights are copied to the host; sharded tensors and the states of handlers (the weights of an EMA) are copied
+    on their device. An optimizer replaces its state when it loads another, so that a reference to the old one is enough.
     """
     undos = [undo_handler(handler) for handler in trainer.handlers.values()]
     for phase in trainer.phases.values():
@@ -50,7 +50,7 @@ def all_or_nothing(trainer: Any) -> Iterator[None]:
             try:
                 undo()
             except Exception as second:  # the first error is the one to report
-                vars(error).setdefault("__notes__", []).append(f"camshaft: the trainer may be partly restored: {second!r}")
+                add_note(error, f"camshaft: the trainer may be partly restored: {second!r}")
         raise
 
 
@@ -87,12 +87,12 @@ def undo_handler(handler: Any) -> Undo:
 
 def undo_phase(phase: Any) -> list[Undo]:
     """Restores the weights, optimizers, scaler, window and counters of a phase."""
-    window, gradients = phase.window.state_dict(), [p.grad for p in phase.parameters()]
+    window, gradients = dict(vars(phase.window)), [p.grad for p in phase.parameters()]
     scaler = copy.deepcopy(phase.precision.state_dict())
     modules = [module for module in (unwrap(phase.module), stateful(phase.objective)) if module is not None]
 
     def undo_window() -> None:
-        phase.window.load_state_dict(window)
+        vars(phase.window).update(window)
         phase.precision.load_state_dict(scaler)
         for parameter, gradient in zip(phase.parameters(), gradients, strict=True):
             parameter.grad = gradient

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import batches, linear, model_of, same, sgd, trainer_of, weights
 
-from camshaft import Events, ExponentialMovingAverage, Handler, LRHistory, create_trainer
+from camshaft import Events, ExponentialMovingAverage, Handler, LRHistory, StepEvents, create_trainer
 
 
 class Fails(Handler):
@@ -155,3 +155,50 @@ def test_a_schedule_still_belongs_to_its_optimizer_after_a_load_that_failed():
     with pytest.raises(KeyError):
         trainer.restore(source.checkpoint())
     assert optimizer.param_groups[0] is group
+
+
+@pytest.mark.parametrize("amp", [None, "fp16"])
+def test_nothing_of_a_step_that_failed_is_left_after_a_restore(amp):
+    def fail(engine):
+        engine.skip_step_if(torch.tensor(True))
+        raise RuntimeError("stop here")
+
+    trainer = trainer_of(linear(), amp=amp)
+    content = copied(trainer.checkpoint())
+    trainer.add_event_handler(StepEvents.GRADIENTS_READY(once=2), fail)
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.run(batches(4))
+    trainer.restore(content)
+    trainer.state.max_epochs = None
+    trainer.run(batches(1))
+    assert (trainer.state.optimizer_step, trainer.state.skipped_steps) == (1, 0)
+
+
+def test_the_epoch_is_the_checkpoints_after_a_resume_that_failed():
+    trained = trainer_of()
+    trained.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda engine: engine.terminate())
+    trained.run(batches(3), max_epochs=3)
+    trainer = trainer_of()
+    trainer.restore(trained.checkpoint())
+    handle = trainer.add_event_handler(Events.STARTED, lambda: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            trainer.run(batches(3))
+    handle.remove()
+    state = trainer.run(batches(3))
+    assert (state.epoch, state.iteration) == (3, 9)
+
+
+def test_an_open_window_keeps_its_settings_after_a_load_that_failed():
+    trainer, source = trainer_of(accumulation_steps=4), trainer_of(accumulation_steps=4)
+    Fails().attach(source)
+    content = source.checkpoint()
+    window = trainer.primary.window
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: engine.terminate())
+    trainer.run(batches(4))
+    window.configure(2, "samples")
+    before = dict(vars(window))
+    Fails().attach(trainer)
+    with pytest.raises(KeyError):
+        trainer.restore(content)
+    assert vars(window) == before

@@ -1,5 +1,6 @@
 """What Ignite's documentation promises of an engine holds for a trainer and an evaluator."""
 
+import numpy as np
 import pytest
 from ignite.engine import Engine, Events, State
 from toys import batches, evaluator_of, linear, trainer_of
@@ -122,3 +123,24 @@ def test_the_state_shows_its_metrics():
     trainer = trainer_of()
     trainer.state.metrics["val/accuracy"] = 0.5
     assert "metrics: {'val/accuracy': 0.5}" in repr(trainer.state)
+
+
+def test_two_equal_handlers_added_while_the_event_fires_are_both_called():
+    trainer, called = trainer_of(), []
+    note = lambda engine, numbers: called.append(numbers.sum())  # noqa: E731
+
+    def add(engine):
+        for _ in range(2):
+            engine.add_event_handler(Events.STARTED, note, np.ones(3))
+
+    trainer.add_event_handler(Events.STARTED, add)
+    trainer.run(batches(2))
+    assert called == [3.0, 3.0]
+
+
+def test_a_checkpoint_is_restored_into_a_new_state():
+    trained, trainer = trainer_of(), trainer_of()
+    trained.run(batches(3))
+    trainer.state = State()
+    trainer.restore(trained.checkpoint())
+    assert trainer.state.optimizer_step == 3
