@@ -27,6 +27,7 @@ LAYERS = [
     ["camshaft.distributed"],
     ["camshaft.protocols"],
     ["camshaft.data", "camshaft.handler", "camshaft.grad_norms", "camshaft.objective", "camshaft.precision", "camshaft.points"],
+    ["camshaft.keras_callbacks"],
     ["camshaft.distributed.collectives", "camshaft.distributed.dtensors", "camshaft.distributed.failures"],
     ["camshaft.validation", "camshaft.metrics", "camshaft.optimizers", "camshaft.tensorboard_tags"],
     ["camshaft.events", "camshaft.models", "camshaft.pytree", "camshaft.rng", "camshaft.serialization"],

@@ -1,73 +1,56 @@
-"""Callbacks as Keras and Poutyne have them, on the clocks of a trainer."""
+"""Attaches callbacks that were written for Keras or Poutyne."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from camshaft.distributed.collectives import all_reduce, world_size
 from camshaft.events import Events, Priority, StepEvents
 from camshaft.handler import Handler, Listener, on, stop
-from camshaft.models import unwrap
+from camshaft.keras_callbacks import METHODS, Logs, ModelView, base_library, is_number, losses_of, means, methods_of
 from camshaft.pytree import num_samples
 from camshaft.serialization import pack
 
-__all__ = ["KerasStyle", "METHODS"]
-
-METHODS = (
-    "on_train_begin",
-    "on_epoch_begin",
-    "on_train_batch_begin",
-    "on_backward_end",
-    "on_train_batch_end",
-    "on_epoch_end",
-    "on_train_end",
-)
-"""The methods of a callback that are called, in the order of a run."""
-
-OLD_NAMES = {"on_train_batch_begin": "on_batch_begin", "on_train_batch_end": "on_batch_end"}
-"""Keras's older names, for a callback that hasn't the newer ones."""
-
-LIBRARIES = ("keras", "poutyne", "tf_keras")
-"""Their ``Callback`` has every method, and none of them does anything."""
+__all__ = ["KerasStyle"]
 
 FIRST = {"keras": 0, "poutyne": 1}
-"""The number of the first epoch, and of an epoch's first batch."""
+"""The number of the first epoch, and of the first batch of an epoch."""
 
 
 class KerasStyle(Handler):
-    """Attaches a callback that was written for Keras or Poutyne, or any object with some of their methods.
+    """Runs a callback that was written for Keras or Poutyne, or any object with some of their methods.
 
     What is called, and when:
 
-    - ``on_train_begin(logs)`` at ``STARTED``, that of a resumed run included; ``on_train_end(logs)`` at ``COMPLETED``.
-    - ``on_epoch_begin(epoch, logs)`` at ``EPOCH_STARTED``, and not again where an epoch is resumed in its middle.
-    - ``on_epoch_end(epoch, logs)`` at ``EPOCH_COMPLETED``, after evaluation and before the checkpoint.
-    - ``on_train_batch_begin(batch, logs)`` and ``on_train_batch_end(batch, logs)`` around each iteration; a callback without
-      them may have ``on_batch_begin`` and ``on_batch_end``.
-    - ``on_backward_end(batch)`` at ``GRADIENTS_READY``: once per window if the gradient is the true one, before clipping.
+    - ``on_train_begin(logs)`` on ``STARTED``, also in a resumed run; ``on_train_end(logs)`` on ``COMPLETED``.
+    - ``on_epoch_begin(epoch, logs)`` on ``EPOCH_STARTED``; not again if a run resumes in the middle of an epoch.
+    - ``on_epoch_end(epoch, logs)`` on ``EPOCH_COMPLETED``, after evaluation and before the checkpoint.
+    - ``on_train_batch_begin(batch, logs)`` and ``on_train_batch_end(batch, logs)`` around each iteration; if they are missing,
+      ``on_batch_begin`` and ``on_batch_end``.
+    - ``on_backward_end(batch)`` on ``GRADIENTS_READY``: once per window, with the true gradient, before clipping.
 
-    Methods for validation, test and prediction are never called: an evaluator is an engine of its own.
+    Methods for validation, test and prediction are never called: an evaluator is a separate engine.
 
-    In the logs of a batch are ``loss`` and what ``compute_loss`` names beside it; they are fetched from the device when the
-    callback reads them, and not before. In those of an epoch, and of the end of the run, are their means over the epoch's
-    samples and the metrics that were written in this epoch, ``val/accuracy`` as ``val_accuracy``. The other logs are empty.
-    With several processes each has the callback, the means are over all of them, and what one of them stops ends for all.
+    The logs of a batch hold ``loss`` and the other losses that ``compute_loss`` returns by name. They are fetched from the
+    device only when the callback reads them. The logs of an epoch and of the end of the run hold the means of these losses
+    over the samples of the epoch, and the metrics written during it (``val/accuracy`` as ``val_accuracy``). All other logs
+    are empty. With several processes each has its own callback; the means are over all processes, and a callback that stops
+    the run stops it on every rank.
 
-    ``set_params`` gets ``epochs``, ``steps`` (batches per epoch) and ``verbose``. ``set_model`` gets an object with
-    ``network``, ``optimizer``, ``device`` and ``metrics_names``, which is the network in everything else, and whose
-    ``stop_training = True`` ends the run. The state of a callback with ``state_dict`` and ``load_state_dict`` travels in
-    every checkpoint; when a run is resumed it is loaded after ``on_train_begin``.
+    ``set_params`` receives ``epochs``, ``steps`` (batches per epoch) and ``verbose``. ``set_model`` receives an object with
+    ``network``, ``optimizer``, ``device`` and ``metrics_names`` that otherwise behaves like the network; setting its
+    ``stop_training = True`` ends the run. The state of a callback with ``state_dict`` and ``load_state_dict`` is saved in
+    every checkpoint. A resumed run loads it after ``on_train_begin``.
 
     Args:
         callback: the object.
-        style: ``"keras"`` counts epochs and batches from 0; ``"poutyne"`` counts from 1 and adds ``epoch`` and ``time`` to the
-            logs of an epoch, and ``batch``, ``size`` and ``time`` to those of a batch. By default what the callback's base
-            class is from, and ``"keras"`` for any other.
-        metrics_names: what Poutyne's loggers ask the model for: the names of their columns, without ``val_``.
+        style: ``"keras"`` counts epochs and batches from 0. ``"poutyne"`` counts from 1, adds ``epoch`` and ``time`` to the
+            logs of an epoch, and ``batch``, ``size`` and ``time`` to those of a batch. By default it is the library of the
+            callback's base class, and ``"keras"`` for any other.
+        metrics_names: the columns that Poutyne's loggers write, without ``val_``.
 
     Raises:
         TypeError: if the callback has none of the methods.
@@ -95,8 +78,7 @@ class KerasStyle(Handler):
         if isinstance(callback, type):
             name = callback.__name__
             raise TypeError(f"callback must be an object, got the class {name}; make one: KerasStyle({name}(...))")
-        methods = {name: method_of(callback, name) or method_of(callback, OLD_NAMES.get(name, name)) for name in METHODS}
-        self.methods = {name: method for name, method in methods.items() if method is not None}
+        self.methods = methods_of(callback)
         if not self.methods:
             raise TypeError(
                 f"callback must have at least one of the methods {', '.join(METHODS)}; got {type(callback).__name__} with none"
@@ -104,23 +86,24 @@ class KerasStyle(Handler):
         if style is not None and style not in FIRST:
             raise ValueError(f"style must be 'keras', 'poutyne' or None, got {style!r}")
         self.callback, self.metrics_names = callback, list(metrics_names)
-        self.style = style or ("poutyne" if "poutyne" in map(library, type(callback).__mro__) else "keras")
+        self.style = style or base_library(callback)
         if "on_backward_end" in self.methods:
             self.changes = ("gradients",)  # type: ignore[misc]
         self.totals: dict[str, Any] = {}
-        """The sum over this epoch's samples of each loss, on the device."""
+        """The sum of each loss over the samples of this epoch, on the device."""
         self.samples = 0
+        """The number of samples in this epoch."""
         self._logs: dict[str, Any] = {}
         self._loaded: Mapping[str, Any] | None = None
         self._epoch_began = self._batch_ended = 0.0
         self._writes: Mapping[str, int] = {}
 
     def default_name(self) -> str:
-        """The class's name and the callback's."""
+        """The name of this class and that of the callback's class."""
         return f"KerasStyle/{type(self.callback).__name__}"
 
     def listeners(self) -> Iterator[Listener]:
-        """The events of the methods that the callback has."""
+        """Yields the events of the methods that the callback implements."""
         yield from super().listeners()
         has = self.methods
         if "on_train_batch_begin" in has:
@@ -136,12 +119,12 @@ class KerasStyle(Handler):
             yield Listener(Events.COMPLETED, self.end_run, Priority.JUDGE)
 
     def on_attach(self, engine: Any) -> None:
-        """Makes what the callback sees as its model."""
+        """Makes the model that the callback will see."""
         self.model = ModelView(list(engine.phases.values())[-1], self.metrics_names)
 
     @on(Events.STARTED)
     def begin_run(self, engine: Any) -> None:
-        """Hands the model over; a resumed callback has its state again after its own beginning."""
+        """Passes the model and calls ``on_train_begin``; in a resumed run it loads the callback's state after that."""
         state = engine.state
         self.model.stop_training = False
         self._epoch_began = self._batch_ended = time.perf_counter()
@@ -157,31 +140,31 @@ class KerasStyle(Handler):
 
     @on(Events.EPOCH_STARTED)
     def begin_epoch(self, engine: Any) -> None:
-        """Begins the epoch's sums."""
+        """Resets the sums of the epoch, and calls ``on_epoch_begin``."""
         self.totals, self.samples = {}, 0
         self._epoch_began = self._batch_ended = time.perf_counter()
         self._writes = dict(engine.state.metrics.writes)
         self._call("on_epoch_begin", self._epoch(engine), {})
 
     def begin_batch(self, engine: Any) -> None:
-        """Before a batch."""
+        """Calls ``on_train_batch_begin``."""
         self._call("on_train_batch_begin", self._batch(engine), {})
 
     def end_backward(self, engine: Any) -> None:
-        """If the gradient of a window is ready."""
+        """Calls ``on_backward_end`` when the gradient of a window is ready."""
         self._call("on_backward_end", self._batch(engine))
 
     def sum_losses(self, engine: Any) -> None:
-        """Adds a batch's losses to the epoch's, on the device."""
+        """Adds the losses of the batch to the sums of the epoch, on the device."""
         size = num_samples(engine.state.batch) or 1
         self.samples += size
         for name, value in losses_of(engine).items():
             if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-                value = value.float()  # a sum of many would be too coarse, or overflow
+                value = value.float()  # a sum in half precision would lose accuracy or overflow
             self.totals[name] = value * size + self.totals.get(name, 0.0)
 
     def end_batch(self, engine: Any) -> None:
-        """After a batch, with losses that stay on the device until they are read."""
+        """Calls ``on_train_batch_end`` with losses that stay on the device until they are read."""
         logs: dict[str, Any] = {}
         if self.style == "poutyne":
             now = time.perf_counter()
@@ -191,38 +174,38 @@ class KerasStyle(Handler):
         self._call("on_train_batch_end", self._batch(engine), Logs(logs | losses_of(engine)))
 
     def end_epoch(self, engine: Any) -> None:
-        """After an epoch, with its means and metrics."""
+        """Calls ``on_epoch_end`` with the means and the new metrics."""
         logs: dict[str, Any] = {}
         if self.style == "poutyne":
             logs = {"epoch": self._epoch(engine), "time": time.perf_counter() - self._epoch_began}
         logs |= means(self.totals, self.samples)
         metrics = engine.state.metrics
-        fresh = {name: value for name, value in metrics.items() if metrics.writes[name] > self._writes.get(name, 0)}
-        logs |= {name.replace("/", "_"): float(value) for name, value in fresh.items() if is_number(value)}
+        new = {name: value for name, value in metrics.items() if metrics.writes[name] > self._writes.get(name, 0)}
+        logs |= {name.replace("/", "_"): float(value) for name, value in new.items() if is_number(value)}
         self._logs = logs
         self._call("on_epoch_end", self._epoch(engine), dict(logs))
 
     def end_run(self, engine: Any) -> None:
-        """After the run, with the last epoch's logs."""
+        """Calls ``on_train_end`` with the logs of the last epoch."""
         self._call("on_train_end", dict(self._logs))
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch's sums, and the callback's own state if it has one."""
+        """The sums of the epoch, and the state of the callback if it has one."""
         state = super().state_dict()
         if self._is_stateful():
-            held = self.callback.state_dict() if self._loaded is None else self._loaded
-            state["callback"] = pack(dict(held), f"{type(self.callback).__name__}.state_dict()")
+            current = self.callback.state_dict() if self._loaded is None else self._loaded
+            state["callback"] = pack(dict(current), f"{type(self.callback).__name__}.state_dict()")
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes from a checkpoint; the callback once more after its ``on_train_begin``, which begins afresh."""
+        """Restores the sums and the callback's state, which is loaded again after ``on_train_begin`` has reset it."""
         super().load_state_dict(state)
         if self._is_stateful() and "callback" in state:
             self._loaded = state["callback"]
             self.callback.load_state_dict(self._loaded)
 
     def describe(self) -> str:
-        """The callback's kind."""
+        """This class and the callback's class."""
         return f"KerasStyle({type(self.callback).__name__})"
 
     def _is_stateful(self) -> bool:
@@ -235,106 +218,10 @@ class KerasStyle(Handler):
         return int(engine.epoch_iteration) - 1 + FIRST[self.style]
 
     def _call(self, name: str, *args: Any) -> None:
-        """Calls one of the callback's methods if it has it, and ends the run if it has asked for that."""
+        """Calls a method that the callback may have, and ends the run if the callback requests that."""
         method = self.methods.get(name)
         if method is None:
             return
         method(*args)
         if self.model.stop_training and name != "on_train_end":
             stop(self.engine, f"{type(self.callback).__name__} has set model.stop_training")
-
-
-class ModelView:
-    """What a callback knows as its model: the network, with the names that Keras and Poutyne give to what is around it."""
-
-    def __init__(self, phase: Any, metrics_names: list[str]) -> None:
-        self.network = unwrap(phase.module)
-        self.optimizer, self.device, self.metrics_names = phase.optimizers[0], phase.device, metrics_names
-        self.stop_training = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        network = vars(self).get("network")
-        try:
-            return getattr(network, name)
-        except AttributeError:
-            raise AttributeError(
-                f"the model that KerasStyle hands to a callback has no {name!r}: it has network, optimizer, device, "
-                f"metrics_names, stop_training, and whatever the {type(network).__name__} has"
-            ) from None
-
-
-class Logs(MutableMapping[str, Any]):
-    """A batch's logs: a tensor becomes a number when it is read, for only then must the host wait for the device."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._values[key]
-        if isinstance(value, torch.Tensor):
-            self._values[key] = value = value.item()
-        return value
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._values[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def copy(self) -> dict[str, Any]:
-        """All of it as a plain dict, fetched."""
-        return dict(self)
-
-
-def losses_of(engine: Any) -> dict[str, Any]:
-    """This iteration's loss and named losses; a trainer with several phases has named ones alone."""
-    state = engine.state
-    named = {name: value for name, value in state.losses.items() if is_number(value)}
-    return {"loss": state.loss} | named if len(engine.phases) == 1 else named
-
-
-def means(totals: Mapping[str, Any], samples: int) -> dict[str, float]:
-    """Sums over samples as means, over the samples of all processes if there are several."""
-    if world_size() == 1 or not totals:
-        return {name: float(total) / samples for name, total in totals.items()}
-    device = next((total.device for total in totals.values() if isinstance(total, torch.Tensor)), None)
-    parts = [torch.as_tensor(part).to(device, torch.float64).reshape(()) for part in (*totals.values(), samples)]
-    together = torch.stack(parts)
-    all_reduce(together)
-    *sums, samples = together.tolist()
-    return {name: total / samples for name, total in zip(totals, sums, strict=True)}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a single number, on a device or not."""
-    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-
-
-def library(cls: type) -> str:
-    """The package that a class is from."""
-    return cls.__module__.partition(".")[0]
-
-
-def method_of(callback: Any, name: str) -> Callable[..., Any] | None:
-    """A callback's method, unless it has none or only its library's, which does nothing."""
-    method = getattr(callback, name, None)
-    if not callable(method):
-        return None
-    owner = next((cls for cls in type(callback).__mro__ if name in vars(cls)), None)
-    inherited = owner is not None and owner.__name__ == "Callback" and library(owner) in LIBRARIES
-    return None if inherited and name not in vars(callback) else method

@@ -25,7 +25,7 @@ from camshaft import (
     create_trainer,
 )
 from camshaft.engines.fire import no_handlers
-from camshaft.handlers.keras_style import METHODS
+from camshaft.keras_callbacks import METHODS
 
 
 class Recorder:
