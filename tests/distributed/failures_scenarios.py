@@ -1,7 +1,9 @@
 """Scenarios in which one rank, or every rank, ends a run by an exception or a signal."""
 
+import gc
 import os
 import signal
+import weakref
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -41,7 +43,12 @@ def exception_on_rank_one() -> dict[str, Any]:
         if rank() == 1:
             raise ValueError("this batch is spoiled")
 
-    return {"error": error_of(lambda: trainer.run(loader(), max_epochs=3)), "iteration": trainer.state.iteration}
+    gc.collect()
+    gc.disable()  # the trainer must not be part of a reference cycle
+    error = error_of(partial(trainer.run, loader(), max_epochs=3))
+    reference = weakref.ref(trainer)
+    del trainer
+    return {"error": error, "is freed": reference() is None}
 
 
 @scenario(alone=True)

@@ -37,5 +37,9 @@ def test_a_communication_error_is_raised_unchanged_if_no_other_rank_has_reported
     assert second["attributed"].startswith("rank 0 failed in epoch 1: RuntimeError: [/gloo/")
 
 
+def test_a_trainer_whose_run_has_failed_is_freed_at_once(results):
+    assert [result["is freed"] for result in results("exception_on_rank_one", alone=True)] == [True, True]
+
+
 def test_gradients_of_a_window_that_an_exception_ended_do_not_affect_the_next_run(results):
     assert results("run_after_an_exception_inside_a_window") == [{"ddp": 0.0, "fsdp": 0.0}] * 2
