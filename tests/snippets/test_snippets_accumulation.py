@@ -6,7 +6,7 @@ from snippet_pages import copied, instead
 
 ZERO_GRAD = "Gradient accumulation with `optimizer.zero_grad()` at the top of each batch"
 EVERY_N = "Gradient accumulation with `if (step + 1) % accumulation_steps == 0`"
-UNEVEN = "`loss = loss_fn(...) / accumulation_steps` where batches differ in size"
+UNEVEN = "`loss = loss_fn(...) / accumulation_steps` with batches of different sizes"
 TWO_LOSSES = 'Several losses, `retain_graph=True` and "Trying to backward through the graph a second time"'
 IN_AUTOCAST = "AMP: `scaler.scale(loss).backward()` inside `autocast()`"
 CLIP_SCALED = "AMP: gradient clipping before `scaler.unscale_(optimizer)`"
