@@ -1,4 +1,4 @@
-"""Every shipped handler goes through its whole life: attach, run, save, load in a fresh trainer, run on, detach."""
+"""Every shipped handler is attached, runs, is saved, loaded in a new trainer that continues, and detached."""
 
 import ast
 import doctest
@@ -29,7 +29,7 @@ def schedule(trainer):
 
 
 class EpochCounter:
-    """A callback in Keras's style, with a state."""
+    """A Keras callback with state."""
 
     epochs = 0
 
@@ -53,13 +53,16 @@ SPECIAL = {
     "Progress": lambda trainer, folder: Progress(file=io.StringIO()),
     "TensorBoard": lambda trainer, folder: TensorBoard(folder / "board", every=1),
 }
-"""Handlers that need a trainer, a folder or a name of this test; every other is made as its docstring's example makes it."""
+"""Handlers that need a trainer, a folder or a metric of this test. Any other is made by the call in its docstring's example."""
 
 SHIPPED = [name for name in camshaft.handlers.__all__ if name not in ("Handler", "on")]
 
+ON_ANY_ENGINE = ("EarlyStopping", "EmptyCache", "Evaluation", "Progress", "StopOnSignal")
+"""Handlers that can be attached to any Ignite engine, because they need only Ignite's own events."""
+
 
 def make(name, trainer, folder):
-    """A handler of a shipped class."""
+    """A handler of the shipped class with this name."""
     if name in SPECIAL:
         return SPECIAL[name](trainer, folder)
     cls = getattr(camshaft.handlers, name)
@@ -85,11 +88,11 @@ def is_handler(node):
 
 
 def prepared(name, folder):
-    """A trainer with one shipped handler, a metric for those that want one, and a rotation to save with."""
+    """A trainer with one shipped handler, a metric for those that need one, and a handler that saves checkpoints."""
     trainer = trainer_of(optimizer=None)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=1.0))
     handler = make(name, trainer, folder).attach(trainer)
-    checkpoints = CheckpointRotation(folder / "checkpoints").attach(trainer, "the test's own")
+    checkpoints = CheckpointRotation(folder / "checkpoints").attach(trainer, "saves the test")
     return trainer, handler, checkpoints
 
 
@@ -98,7 +101,7 @@ def ending(trainer):
 
 
 def comparable(value):
-    """A state with its tensors as lists."""
+    """A state with lists in place of its tensors."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, dict):
@@ -107,21 +110,21 @@ def comparable(value):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_run_in_two_halves_ends_like_a_whole_one(name, tmp_path):
-    whole, expected, _ = prepared(name, tmp_path / "whole")
-    whole.run(batches(3), max_epochs=2)
-    first, _, _ = prepared(name, tmp_path / "halves")
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
+    complete, expected, _ = prepared(name, tmp_path / "complete")
+    complete.run(batches(3), max_epochs=2)
+    first, _, _ = prepared(name, tmp_path / "resumed")
     first.run(batches(3), max_epochs=1)
-    second, handler, checkpoints = prepared(name, tmp_path / "halves")
+    second, handler, checkpoints = prepared(name, tmp_path / "resumed")
     assert checkpoints.resume() is not None
     second.run(batches(3), max_epochs=2)
-    assert same(ending(second)[0], ending(whole)[0])
-    assert ending(second)[1:] == ending(whole)[1:]
+    assert same(ending(second)[0], ending(complete)[0])
+    assert ending(second)[1:] == ending(complete)[1:]
     assert comparable(handler.state_dict()) == comparable(expected.state_dict())
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
+def test_detaching_restores_the_engine(name, tmp_path):
     trainer = trainer_of()
     before, text = trainer.primary.window.settings, trainer.explain()
     handler = make(name, trainer, tmp_path).attach(trainer)
@@ -133,7 +136,7 @@ def test_detached_it_leaves_the_engine_as_it_was(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_run_after_detaching_is_the_plain_one(name, tmp_path):
+def test_a_run_after_detaching_equals_one_without_the_handler(name, tmp_path):
     trainer, plain = trainer_of(), trainer_of()
     make(name, trainer, tmp_path).attach(trainer).detach()
     trainer.run(batches(3))
@@ -145,7 +148,7 @@ CHANGES = {"FreezeParameters": "weights", "GradientClipping": "gradients"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_explain_says_what_it_changes_and_nothing_else(name, tmp_path):
+def test_explain_says_exactly_what_it_changes(name, tmp_path):
     trainer = trainer_of()
     make(name, trainer, tmp_path).attach(trainer)
     found = set(re.findall(r"\[changes (.*)\]", trainer.explain()))
@@ -153,7 +156,7 @@ def test_explain_says_what_it_changes_and_nothing_else(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_its_state_holds_tensors_and_plain_values_alone(name, tmp_path):
+def test_its_state_holds_only_tensors_and_plain_values(name, tmp_path):
     trainer, handler, _ = prepared(name, tmp_path)
     trainer.run(batches(3))
     torch.save(handler.state_dict(), tmp_path / "state.pt")
@@ -162,12 +165,11 @@ def test_its_state_holds_tensors_and_plain_values_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_on_a_plain_ignite_engine_it_works_or_says_what_it_needs(name, tmp_path):
-    """Whatever opens at Ignite's own events alone works; whatever needs more is refused at once, by name."""
+def test_on_a_plain_ignite_engine_it_works_or_attach_says_what_it_needs(name, tmp_path):
     engine, trainer = Engine(lambda engine, batch: 0.5), trainer_of()
     handler = make(name, trainer, tmp_path)
     engine.add_event_handler(Events.EPOCH_STARTED, lambda e: e.state.metrics.update(score=1.0))
-    if name in ("EarlyStopping", "EmptyCache", "Evaluation", "Progress", "StopOnSignal"):
+    if name in ON_ANY_ENGINE:
         handler.attach(engine)
         assert engine.run(range(2), max_epochs=2).iteration == 4
         handler.detach()
@@ -178,7 +180,7 @@ def test_on_a_plain_ignite_engine_it_works_or_says_what_it_needs(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_two_of_a_class_clash_by_name(name, tmp_path):
+def test_a_second_handler_of_a_class_needs_another_name(name, tmp_path):
     trainer = trainer_of()
     make(name, trainer, tmp_path).attach(trainer)
     with pytest.raises(ValueError, match="is attached already"):
@@ -186,8 +188,8 @@ def test_two_of_a_class_clash_by_name(name, tmp_path):
     assert len(trainer.handlers) == 1
 
 
-def test_all_of_them_together_run_and_resume(tmp_path):
-    def all_of_them():
+def test_all_handlers_together_run_and_resume(tmp_path):
+    def with_all_handlers():
         model = linear()
         trainer = trainer_of(model, sgd(model, momentum=0.9))
         for name in reversed(SHIPPED):
@@ -197,12 +199,11 @@ def test_all_of_them_together_run_and_resume(tmp_path):
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(score=1.0))
         return trainer
 
-    first = all_of_them()
+    first = with_all_handlers()
     first.run(batches(4), max_epochs=2)
-    second = all_of_them()
+    second = with_all_handlers()
     assert second.handlers["CheckpointRotation"].resume() == first.handlers["CheckpointRotation"].last
     second.run(batches(4), max_epochs=3)
     assert second.state.iteration == 12
-    assert (
-        second.state.optimizer_step + second.state.skipped_steps == 3
-    )  # four batches a step; the scaler's first scale is too large
+    # Four batches per step, and the first scale of the gradient scaler is too large.
+    assert second.state.optimizer_step + second.state.skipped_steps == 3
