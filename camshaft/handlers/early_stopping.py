@@ -8,15 +8,16 @@ from typing import Any
 from camshaft.events import Events, Priority
 from camshaft.handler import Handler, Listener, on, stop
 from camshaft.metrics import MetricWatch, better, check_mode
-from camshaft.validation import check_count
+from camshaft.validation import check_count, check_non_negative
 
 __all__ = ["EarlyStopping"]
 
 
 class EarlyStopping(Handler):
-    """Ends the run at the ``patience``-th evaluation in a row without improvement.
+    """Ends the run when a metric has not improved in ``patience`` evaluations in a row.
 
-    The best score and the count are saved in every checkpoint. A score that is not finite is not an improvement.
+    Every new value of the metric counts as one evaluation. A value that is not finite is not an improvement. The best score and
+    the count are saved in every checkpoint.
 
     Args:
         metric: the name of the score in ``state.metrics``, such as ``"val/accuracy"``.
@@ -37,10 +38,9 @@ class EarlyStopping(Handler):
 
     def __init__(self, metric: str, *, mode: str = "max", patience: int = 5, min_delta: float = 0.0) -> None:
         check_mode(mode, metric)
-        if not isinstance(min_delta, (int, float)) or not 0 <= min_delta < float("inf"):
-            raise ValueError(f"min_delta must be a finite number of at least 0, got {min_delta!r}")
         self.watch = MetricWatch(metric, "EarlyStopping")
-        self.mode, self.patience, self.min_delta = mode, check_count(patience, "patience"), min_delta
+        self.mode, self.patience = mode, check_count(patience, "patience")
+        self.min_delta = check_non_negative(min_delta, "min_delta")
         self.best: float | None = None
         """The best score so far."""
         self.stale = 0

@@ -12,6 +12,7 @@ from camshaft.distributed.dtensors import full_tensor
 from camshaft.events import Priority, StepEvents
 from camshaft.grad_norms import GradNorms
 from camshaft.handler import Handler, on
+from camshaft.validation import check_positive
 
 __all__ = ["GradientClipping"]
 
@@ -53,16 +54,13 @@ class GradientClipping(Handler):
         function: Callable[[list[nn.Parameter]], Any] | None = None,
         phase: str | None = None,
     ) -> None:
-        for name, bound in (("clip_grad_norm (max_norm)", max_norm), ("clip_grad_value (clip_value)", clip_value)):
-            if bound is not None and not _is_positive(bound):
-                raise ValueError(f"{name} must be a positive number, got {bound!r}")
-        if not _is_positive(norm_type):
-            raise ValueError(f"norm_type must be a positive number or infinity, got {norm_type!r}")
         if function is not None and not callable(function):
             raise TypeError(f"function must be callable, got {function!r}")
         if function is not None and (max_norm is not None or clip_value is not None):
             raise ValueError("function can't be combined with max_norm or clip_value")
-        self.max_norm, self.norm_type, self.clip_value = max_norm, float(norm_type), clip_value
+        self.max_norm = None if max_norm is None else check_positive(max_norm, "clip_grad_norm (max_norm)")
+        self.clip_value = None if clip_value is None else check_positive(clip_value, "clip_grad_value (clip_value)")
+        self.norm_type = check_positive(norm_type, "norm_type")
         self.function, self.phase = function, phase
 
     def on_attach(self, engine: Any) -> None:
@@ -104,7 +102,3 @@ class GradientClipping(Handler):
         bounds = {"max_norm": self.max_norm, "clip_value": self.clip_value, "function": self.function, "phase": self.phase}
         given = [f"{name}={getattr(bound, '__name__', bound)}" for name, bound in bounds.items() if bound is not None]
         return f"{super().describe()}({', '.join(given)})"
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

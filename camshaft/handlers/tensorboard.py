@@ -16,6 +16,7 @@ from camshaft.handler import Handler, Listener, on
 from camshaft.points import Point, as_numbers, flatten_metrics, sum_over_ranks, to_floats
 from camshaft.pytree import num_samples
 from camshaft.tensorboard_tags import CYCLE, ENDED, finished, layout
+from camshaft.validation import check_count
 
 __all__ = ["TensorBoard"]
 
@@ -71,14 +72,13 @@ class TensorBoard(Handler):
         images: Callable[[Any], Mapping[str, torch.Tensor]] | None = None,
         histograms: bool = False,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a positive integer (optimizer steps), got {every!r}")
         if images is not None and not callable(images):
             raise TypeError(f"images must be a function of the engine, got {images!r}")
         for name, value in (hparams or {}).items():
             if not isinstance(value, (bool, int, float, str)):
                 raise TypeError(f"hparams[{name!r}] must be a number, text or bool, got {type(value).__name__}")
-        self.log_dir, self.every, self.images, self.histograms = os.fspath(log_dir), every, images, histograms
+        self.log_dir, self.every = os.fspath(log_dir), check_count(every, "every")
+        self.images, self.histograms = images, histograms
         self.hparams = dict(hparams or {})
         self.writer: Any = None
         self._world = 1

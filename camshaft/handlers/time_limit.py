@@ -7,15 +7,16 @@ from typing import Any
 
 from camshaft.events import Events, Priority, StepEvents
 from camshaft.handler import Handler, on, stop
+from camshaft.validation import check_positive
 
 __all__ = ["TimeLimit"]
 
 
 class TimeLimit(Handler):
-    """Ends the run before a time limit: the window is completed, ``COMPLETED`` handlers run, checkpoints are saved.
+    """Ends the run before a job's time limit: the window is completed, ``COMPLETED`` handlers run, a checkpoint is saved.
 
-    It reserves twice the time of the longest save and the longest optimizer step so far. The clock starts when the handler is
-    made: create it at the top of the script, when the job starts.
+    After each optimizer step it compares the time left with twice the longest step plus twice the longest save so far. The
+    clock starts when the handler is created, so create it at the top of the script, when the job starts.
 
     Args:
         hours: the limit; may be a fraction.
@@ -28,9 +29,7 @@ class TimeLimit(Handler):
     """
 
     def __init__(self, hours: float) -> None:
-        if isinstance(hours, bool) or not isinstance(hours, (int, float)) or not hours > 0:
-            raise ValueError(f"hours must be a positive number, got {hours!r}")
-        self.hours = hours
+        self.hours = check_positive(hours, "hours")
         self._began = time.monotonic()
         self._last = self._began
         self._longest_step = 0.0
@@ -59,4 +58,4 @@ class TimeLimit(Handler):
 
     @staticmethod
     def _longest_save(engine: Any) -> float:
-        return max((getattr(handler, "longest_save", 0.0) for handler in engine.handlers.values()), default=0.0)
+        return max((handler.longest_save for handler in engine.handlers.values()), default=0.0)
