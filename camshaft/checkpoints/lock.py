@@ -80,8 +80,8 @@ class FolderLock:
         """
         if self.was_taken_over:
             raise FolderInUseError(
-                f"{self.folder} belongs to a CheckpointRotation that was attached later, or runs; detach() that one, or give each "
-                "run a folder of its own"
+                f"{self.folder} belongs to a CheckpointRotation that was attached later, or runs; detach() that one, or give "
+                "each run a folder of its own"
             )
         if self._lock is not None and not self._is_in_place():
             self._unlock()
