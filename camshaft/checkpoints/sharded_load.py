@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -76,7 +77,10 @@ def load_shards(path: Path, manifest: dict[str, Any], reference: Reference, *, t
 
     def target(placeholder: Mapping[str, Any]) -> torch.Tensor:
         name = placeholder["tensor"]
-        like = reference(name)
+        try:
+            like = reference(name)
+        except (LookupError, ValueError):  # the trainer has no such tensor, which is found when it is restored
+            like = None
         if like is not None and is_dtensor(like) and tuple(like.shape) == tuple(placeholder["shape"]):
             targets[name] = torch.zeros_like(like, dtype=placeholder["dtype"], requires_grad=False)
         else:
@@ -93,7 +97,7 @@ def load_shards(path: Path, manifest: dict[str, Any], reference: Reference, *, t
                 load(targets, storage_reader=_Reader(path), no_dist=True)
     except CheckpointError:
         raise
-    except Exception as error:  # DCP collects whatever its readers raise
+    except (CheckpointException, Exception) as error:  # DCP's own is a BaseException, and collects what its readers raise
         raise CheckpointError(f"{path} can't be read: {printable(first_failure(error))}") from error
     return content
 
