@@ -14,11 +14,19 @@ from camshaft.checkpoints.index import Index
 from camshaft.checkpoints.retention import best_first
 from camshaft.checkpoints.schema import check_content
 from camshaft.checkpoints.sharded_load import Reference, load_manifest, load_shards
+from camshaft.checkpoints.text import printable
 from camshaft.distributed.collectives import all_gather_object, on_rank_zero, world_size
 
 __all__ = ["best_of", "last_of", "load_chosen"]
 
 Result = TypeVar("Result")
+
+MOST_REASONS = 20
+"""The number of checkpoints that a message names."""
+
+
+class OtherModelError(CheckpointError, ValueError):
+    """A checkpoint is of another model, optimizer or scheme than the trainer."""
 
 
 def last_of(index: Index) -> Path | None:
@@ -33,9 +41,13 @@ def best_of(index: Index, mode: str) -> Path | None:
 
 
 def load_chosen(
-    index_of: Callable[[], Index], which: str | os.PathLike[str], mode: str, reference: Reference
-) -> tuple[Path | None, Any]:
-    """Reads the checkpoint that is asked for. Every rank must call it; rank 0 chooses.
+    index_of: Callable[[], Index],
+    which: str | os.PathLike[str],
+    mode: str,
+    reference: Reference,
+    restore: Callable[[Any], None],
+) -> Path | None:
+    """Restores the checkpoint that is asked for. Every rank must call it; rank 0 chooses.
 
     A running job may delete a checkpoint between the choice and the reading. Then the folder is looked at again.
 
@@ -44,47 +56,73 @@ def load_chosen(
         which: ``"auto"``, ``"best"`` or a path.
         mode: whether the ``"max"`` or the ``"min"`` score is the best.
         reference: see :func:`~camshaft.checkpoints.sharded_load.load_shards`.
+        restore: restores the trainer from a content, or raises and changes nothing.
 
     Returns:
-        The path and the content; both ``None`` for ``"auto"`` in a folder without any checkpoint.
+        The path; ``None`` for ``"auto"`` in a folder without any checkpoint.
 
     Raises:
         CheckpointError: if the checkpoint cannot be used, or none in the folder can.
+        OtherModelError: if it is of another model, optimizer or scheme; for ``"auto"``, if none can be used and the newest is.
         FileNotFoundError: if the path does not exist.
     """
+
+    def use(path: Path) -> Path:
+        content = read(path, reference)
+        on_every_rank(lambda: restored(path, content, restore))
+        return path
+
     if which == "auto":
-        return load_newest(index_of, reference)
+        return use_newest(index_of, use)
     if which != "best":
-        path = on_rank_zero(lambda: existing(which))
-        return path, read(path, reference)
+        return use(on_rank_zero(lambda: existing(which)))
     path = on_rank_zero(lambda: existing_best(index_of(), mode))
     while True:
         try:
-            return path, read(path, reference)
+            return use(path)
         except CheckpointError:
             tried, path = path, on_rank_zero(lambda: existing_best(index_of(), mode))
             if path == tried:
                 raise
 
 
-def load_newest(index_of: Callable[[], Index], reference: Reference) -> tuple[Path | None, Any]:
-    """The newest checkpoint that can be used; a warning names those that are passed over, and why."""
+def use_newest(index_of: Callable[[], Index], use: Callable[[Path], Path]) -> Path | None:
+    """Restores the newest checkpoint that can be used; a warning names those that are passed over, and why."""
     tried: list[Path] = []
-    passed_over: list[str] = []
+    passed_over: list[CheckpointError] = []
     while (paths := on_rank_zero(lambda: index_of().newest_first())) != tried:
         tried, passed_over = paths, []
         for path in paths:
             try:
-                content = read(path, reference)
+                use(path)
             except CheckpointError as error:
-                passed_over.append(str(error))
+                passed_over.append(error)
                 continue
             if passed_over:
-                warnings.warn(f"resumed from {path}; passed over: {'; '.join(passed_over)}", RuntimeWarning, stacklevel=4)
-            return path, content
+                text = f"resumed from {path}; passed over: {listing_of(passed_over)}"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
+            return path
+    if passed_over and isinstance(passed_over[0], OtherModelError):
+        raise passed_over[0]
     if passed_over:
-        raise CheckpointError(f"no checkpoint in {tried[0].parent} can be used: {'; '.join(passed_over)}")
-    return None, None
+        raise CheckpointError(f"no checkpoint in {tried[0].parent} can be used: {listing_of(passed_over)}")
+    return None
+
+
+def listing_of(errors: list[CheckpointError]) -> str:
+    """The texts of errors in one; of very many only the first."""
+    more = f"; and {len(errors) - MOST_REASONS} more" if len(errors) > MOST_REASONS else ""
+    return "; ".join(str(error) for error in errors[:MOST_REASONS]) + more
+
+
+def restored(path: Path, content: Any, restore: Callable[[Any], None]) -> None:
+    """Restores a trainer; whatever goes wrong in it is a ``CheckpointError`` that names the file."""
+    try:
+        restore(content)
+    except ValueError as error:
+        raise OtherModelError(f"{path} can't be resumed here: {printable(str(error))}") from error
+    except Exception as error:  # handlers load what they have saved, and may fail in any way
+        raise CheckpointError(f"{path} can't be resumed: {type(error).__name__}: {printable(str(error))}") from error
 
 
 def existing(which: str | os.PathLike[str]) -> Path:

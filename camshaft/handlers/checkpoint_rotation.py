@@ -298,19 +298,15 @@ class CheckpointRotation(Handler):
             RuntimeError: if there is no trainer, or it is running.
             CheckpointError: if the checkpoint cannot be used, or none in the folder can.
             FileNotFoundError: if the path does not exist.
-            ValueError: if the checkpoint is of another model, optimizer or scheme.
+            ValueError: if the checkpoint is of another model, optimizer or scheme; it is a ``CheckpointError``, too.
         """
         engine = self.engine if trainer is None else trainer
         if engine is None:
             raise RuntimeError(NOT_ATTACHED)
         if engine.is_running:
             raise RuntimeError("resume() can't be called inside a run; call it before run()")
-        path, content = load_chosen(lambda: self.index, which, self.mode, engine.sharding_reference)
+        path = load_chosen(lambda: self.index, which, self.mode, engine.sharding_reference, engine.restore)
         if path is None:
             return None
-        try:
-            engine.restore(content)
-        except ValueError as error:
-            raise ValueError(f"{path} can't be resumed here: {error}") from error
         logger.info("resumed from %s: epoch %d, step %d", path, engine.state.epoch, engine.state.optimizer_step)
         return path
