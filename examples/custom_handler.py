@@ -1,9 +1,9 @@
-"""A handler of one's own: one class over several events, whose state survives a resume.
+"""A custom handler: one class with methods on several events, whose state survives a resume.
 
-    python examples/custom_handler.py      # some seconds; --quick for a shorter run
+    python examples/custom_handler.py      # takes a few seconds; --quick for a shorter run
 
-Four of the images come from a broken scanner, and a batch with one of them throws the network far away. `SpikeGuard` knows
-how long the gradient usually is and refuses the steps in which it is many times longer. What it knows travels in checkpoints.
+Four of the images come from a broken scanner, and one step on such an image ruins the weights. `SpikeGuard` keeps a running
+average of the gradient norm, and skips the steps whose norm is many times larger. Its state is saved in every checkpoint.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from camshaft.handlers import CheckpointRotation, TensorBoard
 
 
 class SpikeGuard(Handler):
-    """Refuses a step whose gradient is many times longer than usual.
+    """Skips an optimizer step whose gradient norm is many times larger than usual.
 
     Args:
-        factor: how many times.
-        memory: how much of what was usual stays with each step.
+        factor: the limit, as a multiple of the usual norm.
+        memory: the decay rate of the running average that is the usual norm.
     """
 
-    saved = ("usual", "refused")  # these attributes are in every checkpoint; nothing else is to be written
+    saved = ("usual", "skipped")  # these attributes are saved in every checkpoint; no other code is needed
 
     def __init__(self, factor=8.0, memory=0.95):
         self.factor, self.memory = factor, memory
-        self.usual = None  # a tensor on the device: nothing here waits for it
-        self.refused = []  # iterations
+        self.usual = None  # a tensor on the device, so that nothing here waits for it
+        self.skipped = []  # the iterations of skipped steps
 
     @on(StepEvents.GRADIENTS_CLIPPED)
     def judge(self, engine):
@@ -44,11 +44,11 @@ class SpikeGuard(Handler):
 
     @on(StepEvents.OPTIMIZER_STEP_SKIPPED)
     def note(self, engine):
-        self.refused.append(engine.state.iteration)
+        self.skipped.append(engine.state.iteration)
 
     @on(Events.EPOCH_COMPLETED(every=2) | Events.COMPLETED)
     def report(self, engine):
-        engine.state.metrics["guard/refused"] = len(self.refused)  # TensorBoard writes it, early stopping could judge it
+        engine.state.metrics["guard/skipped"] = len(self.skipped)  # TensorBoard writes it; EarlyStopping could use it
 
 
 def digits(broken=4):
@@ -61,7 +61,7 @@ def digits(broken=4):
 
 
 def train(folder, epochs, guard=None, stop_after=None):
-    """Trains, or goes on where a run in this folder was stopped; gives the network."""
+    """Trains, or continues the run in this folder if there is one; returns the network."""
     seed_everything(0)
     train_set, _ = digits()
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -83,8 +83,8 @@ def accuracy_of(model):
     return evaluator.run(DataLoader(digits()[1], 200)).metrics["accuracy"]
 
 
-def told(guard):
-    return f"{len(guard.refused)} steps refused, those of the iterations {', '.join(map(str, guard.refused[:5]))}, ..."
+def summary(guard):
+    return f"{len(guard.skipped)} steps skipped, in the iterations {', '.join(map(str, guard.skipped[:5]))}, ..."
 
 
 def main():
@@ -99,15 +99,15 @@ def main():
 
     guard = SpikeGuard()
     model = train(args.out / "with", epochs, guard)
-    print(f"with it:           test accuracy {accuracy_of(model):.1%}; {told(guard)}")
+    print(f"with it:           test accuracy {accuracy_of(model):.1%}; {summary(guard)}")
 
     train(args.out / "stopped", epochs, SpikeGuard(), stop_after=70)
-    resumed = SpikeGuard()  # knows nothing, until the checkpoint tells it
-    twin = train(args.out / "stopped", epochs, resumed)
-    print(f"stopped, resumed:  test accuracy {accuracy_of(twin):.1%}; {told(resumed)}")
-    assert torch.equal(resumed.usual, guard.usual), "the resumed guard should know what the other one knows"
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), twin.parameters(), strict=True))
-    print("both end with the same weights, bit for bit")
+    resumed = SpikeGuard()  # gets its state from the checkpoint
+    resumed_model = train(args.out / "stopped", epochs, resumed)
+    print(f"stopped, resumed:  test accuracy {accuracy_of(resumed_model):.1%}; {summary(resumed)}")
+    assert torch.equal(resumed.usual, guard.usual), "the resumed guard should have the same state"
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), resumed_model.parameters(), strict=True))
+    print("both runs end with the same weights, bit for bit")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ __all__ = ["Evaluation"]
 class Evaluation(Handler):
     """Runs an evaluator over data and puts its metrics into the trainer's ``state.metrics`` as ``"<prefix>/<metric>"``.
 
-    The training flag of every submodule and every random generator are restored afterwards. At the end of a run it runs once
-    more if the weights have changed since.
+    It does not affect training: the training flag of every submodule and the state of every random generator are restored
+    afterwards. At the end of a run it runs once more if the weights have changed since the last evaluation.
 
     Args:
         evaluator: an engine with metrics, from :func:`create_evaluator` or any Ignite engine.
@@ -61,7 +61,7 @@ class Evaluation(Handler):
         if not hasattr(data, "__iter__"):
             raise TypeError(f"data must be batches that can be iterated over, got {type(data).__name__}")
         if isinstance(data, Iterator):
-            raise TypeError(f"data must be batches that can be iterated over again and again, got a {type(data).__name__}")
+            raise TypeError(f"data must be batches that can be iterated over again and again, got {type(data).__name__}")
         if not isinstance(prefix, str) or not prefix:
             raise TypeError(f"prefix must be a name such as 'val', got {prefix!r}")
         if ema is not None and not hasattr(ema, "swapped_in"):
@@ -92,7 +92,7 @@ class Evaluation(Handler):
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:
-        """Forgets the last evaluation of an earlier run."""
+        """Resets the record of the last evaluation."""
         self.evaluated_at = None
 
     def evaluate(self, engine: Any) -> None:

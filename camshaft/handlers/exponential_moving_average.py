@@ -22,6 +22,7 @@ from camshaft.models import (
     strip_wrapper_prefixes,
     unwrap,
 )
+from camshaft.validation import as_float
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -51,9 +52,9 @@ class ExponentialMovingAverage(Handler):
     """
 
     def __init__(self, decay: float = 0.999, *, phase: str | None = None) -> None:
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay < 1:
+        self.decay, self.phase = as_float(decay), phase
+        if not 0 < self.decay < 1:
             raise ValueError(f"decay must be a number between 0 and 1, got {decay!r}")
-        self.decay, self.phase = decay, phase
         self.averaged: AveragedModel | ShardedAverage | None = None
         self._model: nn.Module | None = None
         self._phase_name = ""
@@ -124,7 +125,7 @@ class ExponentialMovingAverage(Handler):
         return {"module": self._averaged_state(), "updates": self.averaged.n_averaged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes from a checkpoint's average."""
+        """Restores the average from a checkpoint."""
         if self.averaged is None or not state:
             return
         if isinstance(self.averaged, ShardedAverage):
@@ -135,22 +136,22 @@ class ExponentialMovingAverage(Handler):
 
 
 class ShardedAverage:
-    """The average of a model that FSDP2 has split: what ``AveragedModel`` does, to each process's own part.
+    """The average of a model under FSDP2: what ``AveragedModel`` does, applied to the shards of each rank.
 
     Args:
         model: the model under ``fully_shard``.
-        decay: how much of the average is kept at each update.
+        decay: the decay rate of the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.state: dict[str, Any] = copy.deepcopy(plain_state_dict(model))
-        """The averaged parameters and the copied buffers, split as the model's are."""
+        """The averaged parameters and the copied buffers, sharded like those of the model."""
         self.n_averaged = torch.tensor(0)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the new weights into the average, and copies the buffers; the first ones are copied too."""
+        """Updates the average with the new weights and copies the buffers; the first update copies the weights too."""
         trained = plain_named_parameters(model) if self.n_averaged else {}
         averages: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
@@ -165,7 +166,7 @@ class ShardedAverage:
         self.n_averaged += 1
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Resumes from an average that was saved, whole or split; every process must call it."""
+        """Loads a saved average, full or sharded; every rank must call it."""
         state = strip_wrapper_prefixes(state, self.state)
         for name, own in self.state.items():
             if isinstance(own, torch.Tensor):

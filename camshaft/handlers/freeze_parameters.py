@@ -46,7 +46,7 @@ class FreezeParameters(Handler):
         until_epoch = check_optional_count(until_epoch, "until_epoch")
         until_step = check_optional_count(until_step, "until_step")
         self.patterns, self.until_epoch, self.until_step, self.phase = patterns, until_epoch, until_step, phase
-        self._held: tuple[str, ...] = ()
+        self._frozen: tuple[str, ...] = ()
 
     def on_attach(self, engine: Any) -> None:
         """Freezes the parameters; those that were frozen before stay frozen."""
@@ -56,7 +56,7 @@ class FreezeParameters(Handler):
             check_reduction(ddp_wrapper(self._phase.module), found)
         trainable = {name for name, parameter in found.items() if parameter.requires_grad}
         freeze(self._phase.module, *self.patterns)
-        self._held = tuple(sorted(trainable))
+        self._frozen = tuple(sorted(trainable))
 
     def on_detach(self, engine: Any) -> None:
         """Unfreezes the parameters."""
@@ -65,7 +65,7 @@ class FreezeParameters(Handler):
     @on(Events.STARTED | Events.EPOCH_STARTED | StepEvents.OPTIMIZER_STEP_COMPLETED)
     def unfreeze_if_due(self, engine: Any) -> None:
         """Unfreezes the parameters at their epoch or step."""
-        if not self._held:
+        if not self._frozen:
             return
         state = engine.state
         epoch = state.epoch + state.epoch_is_open if engine.last_event_name == Events.STARTED else state.epoch
@@ -75,9 +75,9 @@ class FreezeParameters(Handler):
             self._release()
 
     def _release(self) -> None:
-        if self._held:
-            unfreeze(self._phase.module, *(name.translate(LITERAL) for name in self._held))
-        self._held = ()
+        if self._frozen:
+            unfreeze(self._phase.module, *(name.translate(LITERAL) for name in self._frozen))
+        self._frozen = ()
 
 
 def check_reduction(wrapper: Any, found: Mapping[str, nn.Parameter]) -> None:
@@ -95,9 +95,9 @@ def check_reduction(wrapper: Any, found: Mapping[str, nn.Parameter]) -> None:
         return
     if wrapper.static_graph or not wrapper.find_unused_parameters:
         raise ValueError(
-            f"FreezeParameters: DistributedDataParallel waits for the gradients of {', '.join(trained[:3])}, which are to be "
-            "frozen; make it with DistributedDataParallel(model, find_unused_parameters=True), and without static_graph. For "
-            "good, freeze(model, ...) before you wrap it"
+            f"FreezeParameters: DistributedDataParallel waits for the gradients of {', '.join(trained[:3])}, which would be "
+            "frozen; make it with DistributedDataParallel(model, find_unused_parameters=True), and without static_graph. To "
+            "freeze them permanently, call freeze(model, ...) before you wrap it"
         )
 
 

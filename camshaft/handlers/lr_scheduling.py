@@ -17,9 +17,10 @@ __all__ = ["LRScheduling", "check_every"]
 
 
 class LRScheduling(Handler):
-    """Steps any scheduler of ``torch.optim.lr_scheduler`` after the weights have changed.
+    """Steps a learning-rate scheduler after each optimizer step, after each epoch, or with each new value of a metric.
 
-    A step that the scaler or a handler skips does not advance the schedule. The scheduler is saved in every checkpoint.
+    An optimizer step that the scaler or a handler skips does not advance the schedule. The scheduler is saved in every
+    checkpoint.
 
     Args:
         scheduler: any torch scheduler, or an object with ``optimizer``, ``step()`` and ``state_dict()`` like one.
@@ -70,8 +71,8 @@ class LRScheduling(Handler):
         others = [item for item in getattr(engine, "handlers", {}).values() if isinstance(item, LRScheduling)]
         if any(item.scheduler is self.scheduler for item in others if item is not self):
             raise ValueError(
-                f"scheduler {type(self.scheduler).__name__} is attached already: it would move twice as fast. Give it as "
-                "scheduler=, or attach LRScheduling(scheduler); not both"
+                f"scheduler {type(self.scheduler).__name__} is attached already: it would be stepped twice. Pass it as "
+                "scheduler=, or attach LRScheduling(scheduler), but not both"
             )
         return super().attach(engine, name)
 

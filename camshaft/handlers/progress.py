@@ -92,7 +92,7 @@ class Progress(Handler):
 
 
 def shown_values(values: Any) -> dict[str, str]:
-    """Formats every single number in an output or in metrics."""
+    """Formats the numbers in an output or in metrics."""
     named = values if isinstance(values, Mapping) else {"loss": values}
     numbers = {
         name: float(value)

@@ -125,7 +125,7 @@ def test_attaching_a_scheduler_that_was_passed_as_an_argument_raises():
     scheduler = StepLR(optimizer, 1)
     trainer = trainer_of(model, optimizer, scheduler=scheduler)
     for name in (None, "LRScheduling2"):
-        with pytest.raises(ValueError, match="StepLR is attached already: it would move twice as fast.*not both"):
+        with pytest.raises(ValueError, match="StepLR is attached already: it would be stepped twice.*not both"):
             LRScheduling(scheduler).attach(trainer, name)
 
 

@@ -67,7 +67,7 @@ def test_mnist(tmp_path):
     assert hyper_parameters(folder)
 
 
-def test_mnist_goes_on(tmp_path):
+def test_mnist_resumes(tmp_path):
     run("mnist", tmp_path, "--quick")
     printed = run("mnist", tmp_path, "--quick", "--resume", "--epochs", "3")
     assert "resumed from runs/mnist/checkpoints/step-00000010.pt" in printed
@@ -112,7 +112,7 @@ def test_ring_of_gaussians(tmp_path):
 def test_resume_after_kill(tmp_path):
     printed = run("resume_after_kill", tmp_path, "--quick")
     assert "kill -9" in printed
-    assert "going on from step-" in printed
+    assert "resuming from step-" in printed
     whole, resumed = re.findall(r"weights (\w{8})$", printed, re.MULTILINE)
     assert whole == resumed
     assert printed.endswith("both runs are equal, bit for bit\n")
@@ -163,11 +163,11 @@ def test_custom_handler(tmp_path):
     printed = run("custom_handler", tmp_path, "--quick")
     without, guarded, resumed = percent("test accuracy", printed)
     assert without < 90 < guarded == resumed
-    refused = re.findall(r"(\d+) steps refused, (those .*), ...$", printed, re.MULTILINE)
-    assert refused[0] == refused[1]
-    assert 5 <= int(refused[0][0]) <= 12  # four in each of three epochs; two may share a batch
+    skipped = re.findall(r"(\d+) steps skipped, (in .*), ...$", printed, re.MULTILINE)
+    assert skipped[0] == skipped[1]
+    assert 5 <= int(skipped[0][0]) <= 12  # four in each of three epochs; two may share a batch
     assert "bit for bit" in printed
-    assert curves(tmp_path / "runs/custom_handler/with")["guard/refused"]
+    assert curves(tmp_path / "runs/custom_handler/with")["guard/skipped"]
 
 
 def test_lr_schedules(tmp_path):
