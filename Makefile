@@ -1,4 +1,4 @@
-# `make mnist` trains on real digits, `make test` runs the tests; both set up .venv first.
+# `make mnist` trains on handwritten digits, `make test` runs the tests. Both create .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt
 
 mnist: $(VENV)/.installed
 	$(BIN)/python examples/mnist.py $(ARGS)
-	@echo "(from here: $(BIN)/tensorboard --logdir runs; to go on: make mnist ARGS=--resume)"
+	@echo "(curves: $(BIN)/tensorboard --logdir runs; to continue the run: make mnist ARGS=--resume)"
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -29,7 +29,7 @@ bench: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
-	@echo "(read it: docs/_build/html/index.html)"
+	@echo "(open docs/_build/html/index.html)"
 
 wheel: $(VENV)/.installed
 	rm -rf dist

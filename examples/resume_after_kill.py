@@ -1,9 +1,9 @@
-"""Trains, is killed with SIGKILL in the middle, goes on, and ends bit for bit as if nothing had happened.
+"""Trains, is killed with SIGKILL, resumes, and ends bit for bit like an uninterrupted run.
 
     python examples/resume_after_kill.py            # half a minute at most; --quick for a shorter run
 
-Three runs of one and the same `train()`: one that nobody disturbs, one in a process of its own that kills itself in the
-middle of an epoch and of an accumulation window, and one in a new process that is the same command again.
+Three runs of the same `train()`: an uninterrupted one, one in a separate process that kills itself in the middle of an epoch
+and of an accumulation window, and one in a new process that runs the same command again.
 """
 
 import argparse
@@ -45,15 +45,15 @@ def train(folder, epochs, kill_at=None):
             print(f"  iteration {kill_at}: kill -9", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if checkpoints.resume("auto"):  # the one line that a script needs
-        print(f"  going on from {checkpoints.last.name}, iteration {trainer.state.iteration}")
+    if checkpoints.resume("auto"):  # the only line that a script needs
+        print(f"  resuming from {checkpoints.last.name}, iteration {trainer.state.iteration}")
     trainer.run(loader, max_epochs=epochs)
     print(f"  ended after iteration {trainer.state.iteration}, weights {fingerprint(model)}")
     return checkpoints.last
 
 
 def fingerprint(model):
-    """Eight digits that change with any bit of any weight."""
+    """Eight hexadecimal digits that depend on every bit of every weight."""
     return f"{zlib.crc32(b''.join(tensor.numpy().tobytes() for tensor in model.state_dict().values())):08x}"
 
 
@@ -62,7 +62,7 @@ def train_in_another_process(*arguments):
 
 
 def differences(one, other, name):
-    """The names of the entries in which two checkpoints differ, to the last bit."""
+    """The names of the entries in which two checkpoints differ by at least one bit."""
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) else [name]
     if isinstance(one, (dict, list, tuple)) and len(one) == len(other):
@@ -74,10 +74,10 @@ def differences(one, other, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two epochs instead of six")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the runs in processes of their own
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # for the runs in separate processes
     parser.add_argument("--kill-at", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # sums are taken in the same order whatever else the machine does
+    torch.set_num_threads(1)  # the same order of additions in every run
     epochs = 2 if options.quick else 6
     if options.child is not None:
         train(options.child, epochs, options.kill_at)
@@ -86,7 +86,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         undisturbed, killed = Path(folder, "undisturbed"), Path(folder, "killed")
         command = ["--child", killed, *(["--quick"] if options.quick else [])]
-        print("a run that nobody disturbs", flush=True)
+        print("an uninterrupted run", flush=True)
         end = train(undisturbed, epochs)
         print("the same run, killed in the middle", flush=True)
         code = train_in_another_process(*command, "--kill-at", 57 * epochs // 2 + 12)

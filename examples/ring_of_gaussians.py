@@ -1,4 +1,4 @@
-"""A small GAN finds the eight modes of a ring of Gaussians, and draws how: python examples/ring_of_gaussians.py"""
+"""A small GAN learns the eight modes of a ring of Gaussians, and plots its progress: python examples/ring_of_gaussians.py"""
 
 import argparse
 from pathlib import Path
@@ -29,7 +29,7 @@ def make_network(inputs, outputs, width=64):
 
 
 def modes_found(samples):
-    """How many modes have at least a quarter of their share of the samples within three standard deviations."""
+    """The number of modes with at least a quarter of their expected samples within three standard deviations."""
     nearest = torch.cdist(samples, ring()).min(dim=1)
     counts = nearest.indices[nearest.values < 3 * STD].bincount(minlength=MODES)
     return int((counts > len(samples) / MODES / 4).sum())
@@ -49,8 +49,8 @@ def plot(snapshots, path):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/ring"), help="where to write")
-    parser.add_argument("--quick", action="store_true", help="few steps, to see that everything works")
+    parser.add_argument("--out", type=Path, default=Path("runs/ring"), help="the output folder")
+    parser.add_argument("--quick", action="store_true", help="few steps, as a quick check")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

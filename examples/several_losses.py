@@ -1,8 +1,8 @@
-"""One network with two tasks: it names a digit and draws it again from sixteen numbers; each loss has its own curve.
+"""One network with two tasks: it classifies a digit and reconstructs it from sixteen numbers. Each loss has its own curve.
 
     python examples/several_losses.py      # half a minute on a CPU; --quick for a shorter run
 
-`compute_loss` returns a mapping: its "loss" goes backward, once, and whatever else is in it is logged by name. No
+`compute_loss` returns a mapping. There is one backward pass, for "loss"; all other entries are logged by name. No
 `retain_graph`, no second `backward()`, no `.item()`.
 """
 
@@ -35,7 +35,7 @@ class TwoTasks(nn.Module):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/several_losses"))
-    parser.add_argument("--drawing", type=float, default=3.0, help="how much the drawing counts beside the name")
+    parser.add_argument("--drawing", type=float, default=3.0, help="the weight of the reconstruction loss")
     parser.add_argument("--quick", action="store_true", help="few images and three epochs")
     args = parser.parse_args()
     seed_everything(0)
@@ -65,7 +65,7 @@ def main():
 
     @torch.inference_mode()
     def drawings(engine):
-        """Each digit of the first row, and below it what the network makes of it."""
+        """The digits in the first row, and their reconstructions in the second."""
         images = val_set.tensors[0][:8]
         y_pred = model(images)
         names = [str(digit) for digit in y_pred["scores"].argmax(1).tolist()]

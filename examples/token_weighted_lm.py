@@ -2,9 +2,9 @@
 
     python examples/token_weighted_lm.py      # two minutes on a CPU; --quick for a shorter run
 
-Sentences have many lengths, so batches have many numbers of characters, and a mean of batch means isn't the mean over
-characters. `loss_weight=count_tokens` weighs each batch by its characters; the script shows first that the step is then the one
-that a single big batch makes, and then trains with it.
+Sentences have different lengths, so a mean of batch means is not the mean over characters. `loss_weight=count_tokens` weights
+each batch by its characters. The script first shows that a step then equals the step of a single big batch, and then trains
+with it.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from torch.utils.data import DataLoader
 from camshaft import Events, create_evaluator, create_trainer, seed_everything
 from camshaft.handlers import Evaluation, TensorBoard
 
-END, PAD = 0, -100  # what ends a sentence; what isn't there at all
+END, PAD = 0, -100  # the end of a sentence; padding
 
 
 def sentences():
-    """The sentences of Python's language reference, which comes with every Python, as tensors of character codes."""
+    """The sentences of Python's language reference, which is part of every Python, as tensors of character codes."""
     text = re.sub(r"\s+", " ", " ".join(topics.values()))
     found = dict.fromkeys(re.findall(r"[A-Z][^.!?]{10,150}[.!?](?= )", text))
     return [torch.tensor([END, *sentence.encode(), END]) for sentence in found if sentence.isascii()]
 
 
 def collate(batch):
-    """Sentences side by side, each short one padded: a character is the input, the next one the target."""
+    """A batch of padded sentences: each character is an input, and the next one its target."""
     inputs = pad_sequence([sentence[:-1] for sentence in batch], batch_first=True, padding_value=END)
     return inputs, pad_sequence([sentence[1:] for sentence in batch], batch_first=True, padding_value=PAD)
 
@@ -45,7 +45,7 @@ def count_tokens(batch):
 
 
 def loss_fn(logits, targets):
-    """The mean over the characters of a batch; padding doesn't count."""
+    """The mean over the characters of a batch, without padding."""
     return cross_entropy(logits.transpose(1, 2), targets, ignore_index=PAD)
 
 
@@ -60,7 +60,7 @@ class Writer(nn.Module):
 
     @torch.inference_mode()
     def write(self, length=100):
-        """A sentence of its own, one character after the other."""
+        """Generates a sentence, one character at a time."""
         text, memory, character = b"", None, torch.tensor([[END]])
         while len(text) < length:
             hidden, memory = self.memory(self.embedding(character), memory)
@@ -72,10 +72,10 @@ class Writer(nn.Module):
 
 
 def distance_from_the_big_batch(texts, loss_weight):
-    """How far a step over four batches ends from the step over all of their sentences at once, at most."""
+    """The largest difference between a step over four batches and a step over all of their sentences at once."""
     model = Writer(16).double()
     twin = copy.deepcopy(model)
-    by_length = sorted(texts[:32], key=len)  # so that the four batches differ as much as they can
+    by_length = sorted(texts[:32], key=len)  # so that the lengths of the four batches differ as much as possible
     data = [collate(by_length[start : start + 8]) for start in range(0, 32, 8)]
     for network, batches in ((model, data), (twin, [collate(by_length)])):
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0)

