@@ -1,4 +1,4 @@
-"""A run ends at the patience-th evaluation in a row without improvement, and not one later."""
+"""Early stopping ends a run exactly when the metric has not improved in ``patience`` evaluations in a row."""
 
 import pytest
 from ignite.engine import Engine, Events
@@ -10,7 +10,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def epochs_of(scores, every=Events.EPOCH_COMPLETED, max_epochs=20, **options):
-    """After how many epochs a run ends that is given these scores, the last one for ever; and the handler."""
+    """The number of epochs of a run with these scores, of which the last is repeated, and the handler."""
     trainer = trainer_of()
     stopping = EarlyStopping("val/score", **options).attach(trainer)
     Evaluation(scripted(scores), [0], every=every).attach(trainer)
@@ -37,16 +37,16 @@ def epochs_of(scores, every=Events.EPOCH_COMPLETED, max_epochs=20, **options):
         ([1.0, -INF, -INF], {"patience": 2, "mode": "min"}, 3),
     ],
 )
-def test_it_stops_at_exactly_the_right_epoch(scores, options, epoch):
+def test_it_stops_at_the_right_epoch(scores, options, epoch):
     assert epochs_of(scores, **options)[0] == epoch
 
 
-def test_a_score_that_is_not_finite_is_never_the_best():
+def test_a_score_that_is_not_finite_is_no_improvement():
     _, stopping = epochs_of([NAN, 1.0, INF, 0.5], patience=3)
     assert stopping.best == 1.0
 
 
-def test_the_reason_says_what_and_how_long():
+def test_the_reason_names_the_metric_and_the_patience():
     trainer = trainer_of()
     EarlyStopping("val/score", patience=2).attach(trainer)
     Evaluation(scripted([0.75]), [0]).attach(trainer)
@@ -58,7 +58,7 @@ def test_patience_counts_evaluations_and_not_epochs():
     assert epochs_of([1.0], every=Events.EPOCH_COMPLETED(every=3), patience=2)[0] == 9
 
 
-def test_an_evaluation_inside_an_epoch_is_judged_there_and_once():
+def test_an_evaluation_inside_an_epoch_is_counted_once_when_it_happens():
     trainer = trainer_of()
     EarlyStopping("val/score", patience=2).attach(trainer)
     Evaluation(scripted([1.0]), [0], every=Events.ITERATION_COMPLETED(every=2)).attach(trainer)
@@ -85,7 +85,7 @@ def test_best_and_patience_survive_a_resume(saved_after, tmp_path):
     assert fresh.state.epoch == 5
 
 
-def test_a_new_run_begins_with_full_patience():
+def test_a_new_run_starts_with_full_patience():
     trainer = trainer_of()
     EarlyStopping("val/score", patience=2).attach(trainer)
     Evaluation(scripted([1.0]), [0]).attach(trainer)
@@ -130,7 +130,7 @@ def test_wrong_arguments_are_errors(arguments, error, text):
         EarlyStopping(metric, **arguments)
 
 
-def test_metrics_that_are_replaced_at_each_epoch_are_judged():
+def test_metrics_that_are_replaced_in_each_epoch_are_counted():
     trainer = trainer_of()
     EarlyStopping("score", patience=2).attach(trainer)
 
@@ -147,6 +147,6 @@ def test_metrics_that_are_replaced_at_each_epoch_are_judged():
     [("val/loss", "max", True), ("val/loss", "min", False), ("val_rmse", "max", True), ("val/glossary", "max", False)],
 )
 @pytest.mark.parametrize("make", [EarlyStopping, lambda metric, mode: CheckpointRotation("x", metric=metric, mode=mode)])
-def test_a_mode_that_keeps_the_highest_loss_is_warned_of(caplog, make, metric, mode, warned):
+def test_a_mode_that_would_keep_the_highest_loss_gives_a_warning(caplog, make, metric, mode, warned):
     make(metric, mode=mode)
     assert (f"the highest '{metric}' counts as the best" in caplog.text) is warned

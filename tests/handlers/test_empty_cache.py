@@ -1,4 +1,4 @@
-"""Garbage is collected when it is asked for."""
+"""Garbage collection and the release of cached memory on chosen events."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ class Cycle:
 
 
 def collected(engine, run, **options):
-    """The epochs after which a reference cycle, made at each epoch's start, was gone."""
+    """The epochs after which a reference cycle that was made at the start of the epoch had been collected."""
     gone, kept = [], {}
     gc.disable()
     try:
@@ -38,7 +38,7 @@ def collected(engine, run, **options):
     [({}, [True, True, True]), ({"every": Events.EPOCH_COMPLETED(every=2)}, [False, True, False])],
     ids=["each epoch", "every second"],
 )
-def test_it_collects_when_it_is_asked_to(options, expected):
+def test_it_collects_on_the_chosen_events(options, expected):
     assert collected(trainer_of(), lambda e: e.run(batches(1), max_epochs=3), **options) == expected
 
 
@@ -47,7 +47,7 @@ def test_it_works_on_a_plain_ignite_engine():
     assert collected(engine, lambda e: e.run([0], max_epochs=2)) == [True, True]
 
 
-def test_on_a_device_it_hands_the_cache_back(monkeypatch):
+def test_on_a_device_it_releases_the_cache(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(True))
@@ -55,6 +55,6 @@ def test_on_a_device_it_hands_the_cache_back(monkeypatch):
     assert calls == [True]
 
 
-def test_something_else_than_an_event_is_an_error():
+def test_an_argument_that_is_not_an_event_is_an_error():
     with pytest.raises(TypeError, match="expected an event such as"):
         EmptyCache(every="epoch")

@@ -1,4 +1,4 @@
-"""Evaluation that training doesn't notice, at any event and at the run's end."""
+"""Evaluation on any event and at the end of a run, without side effects on training."""
 
 import random
 
@@ -33,7 +33,7 @@ MAKERS = {"ours": ours, "ignite's": ignites}
 
 
 def runs_of(trainer, evaluator, **options):
-    """Where the evaluator ran, by iteration."""
+    """The iterations after which the evaluator ran."""
     seen = []
     Evaluation(evaluator, batches(1), **options).attach(trainer)
     evaluator.add_event_handler(Events.COMPLETED, lambda: seen.append(trainer.state.iteration))
@@ -41,7 +41,7 @@ def runs_of(trainer, evaluator, **options):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_the_metrics_are_on_the_trainer_under_the_prefix(maker):
+def test_the_trainer_has_the_metrics_under_the_prefix(maker):
     model = linear()
     trainer = trainer_of(model)
     Evaluation(MAKERS[maker](model), batches(2), prefix="test").attach(trainer)
@@ -52,7 +52,7 @@ def test_the_metrics_are_on_the_trainer_under_the_prefix(maker):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_training_does_not_notice(maker):
+def test_training_is_unaffected(maker):
     def train(evaluate):
         model = deep_model()
         trainer = create_trainer(model, sgd(model), MSE)
@@ -73,7 +73,7 @@ def test_training_does_not_notice(maker):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_flags_and_random_state_are_as_before_where_it_raises(maker):
+def test_an_exception_restores_flags_and_random_state(maker):
     model = deep_model()
     trainer = create_trainer(model, sgd(model), MSE)
     evaluator, before = MAKERS[maker](model), [part.training for part in model.modules()]
@@ -105,7 +105,7 @@ def test_flags_and_random_state_are_as_before_where_it_raises(maker):
     ],
     ids=["epoch", "two epochs", "iterations", "both", "steps", "start"],
 )
-def test_it_runs_at_its_events_and_at_the_end_where_the_weights_are_new(every, expected):
+def test_it_runs_on_its_events_and_at_the_end_if_the_weights_have_changed(every, expected):
     trainer = trainer_of()
     seen = runs_of(trainer, ours(model_of(trainer)), every=every)
     trainer.run(batches(3), max_epochs=3)
@@ -128,7 +128,7 @@ def test_it_does_not_run_twice_for_the_same_weights():
     assert seen == [3, 6]
 
 
-def test_it_judges_nothing_before_a_run_has_begun():
+def test_it_does_not_run_at_the_end_of_a_run_without_iterations():
     trainer = trainer_of()
     seen = runs_of(trainer, ours(model_of(trainer)))
     trainer.add_event_handler(Events.STARTED, lambda e: e.terminate())
@@ -136,7 +136,7 @@ def test_it_judges_nothing_before_a_run_has_begun():
     assert seen == []
 
 
-def test_two_evaluations_live_side_by_side_under_their_prefixes():
+def test_two_evaluations_have_their_own_prefixes():
     trainer = trainer_of()
     Evaluation(scripted([1.0]), [0]).attach(trainer)
     Evaluation(scripted([2.0]), [0], prefix="train").attach(trainer)
@@ -145,7 +145,7 @@ def test_two_evaluations_live_side_by_side_under_their_prefixes():
     assert list(trainer.handlers) == ["Evaluation/val", "Evaluation/train"]
 
 
-def test_the_average_may_be_evaluated_instead():
+def test_the_averaged_weights_can_be_evaluated():
     trainer = trainer_of()
     model = model_of(trainer)
     ema = ExponentialMovingAverage(0.5).attach(trainer)
@@ -158,7 +158,7 @@ def test_the_average_may_be_evaluated_instead():
     assert trainer.state.metrics["val/mse"] != pytest.approx(other, rel=1e-6)
 
 
-def test_an_amp_evaluator_leaves_no_autocast_behind():
+def test_an_evaluator_with_amp_restores_autocast():
     model = linear()
     trainer = trainer_of(model)
     evaluator = create_evaluator(model, metrics={"mse": Loss(MSE)}, amp="bf16")
@@ -176,7 +176,7 @@ def test_it_works_on_a_plain_ignite_engine():
     assert engine.state.epoch == 3
 
 
-def test_metrics_of_ignite_are_all_ranks_and_all_batches():
+def test_metrics_of_ignite_cover_all_batches_of_all_ranks():
     model = linear()
     trainer = trainer_of(model)
     evaluator = create_evaluator(model, {"accuracy": Accuracy()}, output_transform=lambda x, y, p: (p, y.argmax(1)))
@@ -202,12 +202,12 @@ def test_wrong_arguments_are_errors(make, text):
         make()
 
 
-def test_evaluation_that_is_attached_to_its_own_evaluator():
+def test_attaching_to_its_own_evaluator_is_an_error():
     evaluator = create_evaluator(linear())
     with pytest.raises(ValueError, match=r"attach it to the trainer: Evaluation\(evaluator, data\)\.attach\(trainer\)"):
         Evaluation(evaluator, batches()).attach(evaluator)
 
 
-def test_evaluation_data_that_can_be_passed_over_once():
+def test_data_that_can_be_iterated_over_only_once_is_an_error():
     with pytest.raises(TypeError, match="data must be batches that can be iterated over again and again"):
         Evaluation(create_evaluator(torch.nn.Linear(2, 1)), iter(batches(2)))

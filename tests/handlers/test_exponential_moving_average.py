@@ -1,4 +1,4 @@
-"""The average of the weights is the one that a loop by hand gives."""
+"""The moving average equals that of a hand-written loop."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ MSE = torch.nn.functional.mse_loss
 
 
 def by_hand(data, decay):
-    """The weights after each step, averaged: the first ones begin the average."""
+    """The average of the weights after each step, which starts with the weights after the first."""
     model = linear()
     optimizer, average = sgd(model), None
     for x, y in data:
@@ -23,7 +23,7 @@ def by_hand(data, decay):
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
-def test_the_average_is_the_hand_written_one(decay):
+def test_the_average_equals_the_hand_written_one(decay):
     trainer = trainer_of()
     ema = ExponentialMovingAverage(decay).attach(trainer)
     trainer.run(batches(3), max_epochs=2)
@@ -40,7 +40,7 @@ def test_only_completed_steps_count():
     torch.testing.assert_close(weights(ema.module), by_hand([data[0], data[2]], 0.5), rtol=1e-6, atol=1e-7)
 
 
-def test_training_is_untouched_and_the_average_has_no_gradient():
+def test_training_is_unaffected_and_the_average_has_no_gradient():
     trainer, plain = trainer_of(), trainer_of()
     ema = ExponentialMovingAverage(0.5).attach(trainer)
     trainer.run(batches(3))
@@ -59,7 +59,7 @@ def test_buffers_are_copies_and_not_shared():
         assert average.data_ptr() != own.data_ptr()
 
 
-def test_swapped_in_the_model_is_the_average_and_afterwards_itself():
+def test_swapped_in_the_model_has_the_averaged_weights_and_then_its_own():
     trainer = trainer_of()
     ema = ExponentialMovingAverage(0.9).attach(trainer)
     trainer.run(batches(3))
@@ -71,7 +71,7 @@ def test_swapped_in_the_model_is_the_average_and_afterwards_itself():
     assert same(weights(model), before)
 
 
-def test_an_exception_inside_the_swap_leaves_the_models_own_weights():
+def test_an_exception_in_the_block_restores_the_weights_of_the_model():
     trainer = trainer_of()
     ema = ExponentialMovingAverage(0.9).attach(trainer)
     trainer.run(batches(3))
@@ -81,7 +81,7 @@ def test_an_exception_inside_the_swap_leaves_the_models_own_weights():
     assert same(weights(model_of(trainer)), before)
 
 
-def test_it_goes_on_after_a_resume(tmp_path):
+def test_it_continues_after_a_resume(tmp_path):
     whole = trainer_of()
     expected = ExponentialMovingAverage(0.9).attach(whole)
     whole.run(batches(3), max_epochs=2)
@@ -96,7 +96,7 @@ def test_it_goes_on_after_a_resume(tmp_path):
     assert same(weights(ema.module), weights(expected.module))
 
 
-def test_detached_it_keeps_its_average():
+def test_after_detaching_the_average_is_kept():
     trainer = trainer_of()
     with ExponentialMovingAverage(0.9).attached(trainer) as ema:
         trainer.run(batches(2))
@@ -105,7 +105,7 @@ def test_detached_it_keeps_its_average():
     assert same(weights(ema.module), kept)
 
 
-def test_before_it_is_attached_there_is_no_average():
+def test_asking_for_the_average_before_attaching_is_an_error():
     with pytest.raises(RuntimeError, match="has no average before it is attached"):
         _ = ExponentialMovingAverage().module
 

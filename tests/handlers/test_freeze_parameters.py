@@ -1,4 +1,4 @@
-"""Frozen parameters don't move until their time has come, whatever the optimizer holds for them."""
+"""Frozen parameters don't change until they are unfrozen, even with momentum and weight decay."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def two_layers(**options):
 
 
 def moves(trainer, layer="0.weight", **run):
-    """The steps at which a parameter moved."""
+    """The optimizer steps that changed a parameter."""
     parameter = dict(model_of(trainer).named_parameters())[layer]
     before, moved = [parameter.detach().clone()], []
 
@@ -43,19 +43,19 @@ def moves(trainer, layer="0.weight", **run):
     ],
     ids=str,
 )
-def test_they_first_move_at_the_epoch_or_step_that_is_named(until, expected):
+def test_they_are_trained_from_the_given_epoch_or_step(until, expected):
     trainer = two_layers()
     FreezeParameters("0.*", **until).attach(trainer)
     assert moves(trainer, max_epochs=3) == expected
 
 
-def test_the_others_train_on():
+def test_the_other_parameters_are_trained():
     trainer = two_layers()
     FreezeParameters("0.*").attach(trainer)
     assert moves(trainer, "1.weight") == [1, 2, 3]
 
 
-def test_momentum_gathered_before_does_not_move_them():
+def test_earlier_momentum_does_not_change_them():
     trainer = two_layers()
     trainer.run(batches(3))
     trainer.state.max_epochs = None
@@ -63,13 +63,13 @@ def test_momentum_gathered_before_does_not_move_them():
     assert moves(trainer) == []
 
 
-def test_frozen_between_batches_of_a_window_counts_in_steps():
+def test_until_step_counts_windows_and_not_batches():
     trainer = two_layers(accumulation_steps=2)
     FreezeParameters("0.*", until_step=2).attach(trainer)
     assert moves(trainer, max_epochs=2) == [2, 3, 4]
 
 
-def test_what_was_frozen_before_stays_frozen():
+def test_parameters_that_were_frozen_before_stay_frozen():
     trainer = two_layers()
     model_of(trainer)[0].bias.requires_grad_(False)
     FreezeParameters("0.*", until_epoch=2).attach(trainer)
@@ -78,7 +78,7 @@ def test_what_was_frozen_before_stays_frozen():
     assert not model_of(trainer)[0].bias.requires_grad
 
 
-def test_detaching_lets_them_train_again():
+def test_detaching_unfreezes_them():
     trainer = two_layers()
     with FreezeParameters("*.weight").attached(trainer):
         assert not model_of(trainer)[0].weight.requires_grad
@@ -86,7 +86,7 @@ def test_detaching_lets_them_train_again():
 
 
 @pytest.mark.parametrize("until", [{"until_epoch": 3}, {"until_step": 7}], ids=str)
-def test_after_a_resume_the_time_comes_as_it_would_have(until, tmp_path):
+def test_after_a_resume_they_are_unfrozen_at_the_same_point(until, tmp_path):
     first = two_layers()
     FreezeParameters("0.*", **until).attach(first)
     CheckpointRotation(tmp_path).attach(first)

@@ -1,4 +1,4 @@
-"""Several batches make the step that one big batch would have made."""
+"""The optimizer step of several accumulated batches equals that of one big batch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DOUBLE = torch.float64
 
 
 def ragged():
-    """Five batches of unequal sizes."""
+    """Five batches of different sizes."""
     x, y = batches(1, 20, DOUBLE)[0]
     sizes = [4, 1, 7, 3, 5]
     return list(zip(x.split(sizes), y.split(sizes), strict=True))
@@ -24,7 +24,7 @@ def double_trainer(**options):
 
 
 def big_batch(windows, weighted):
-    """A step for each window on the concatenated batch, or on the mean of its batches' means."""
+    """One step per window, on the concatenated batches or on the mean of the losses of its batches."""
     model = linear(DOUBLE)
     optimizer = sgd(model)
     for window in windows:
@@ -38,7 +38,7 @@ def big_batch(windows, weighted):
     return model
 
 
-def test_full_windows_are_bit_for_bit_the_hand_written_loop():
+def test_full_windows_equal_the_hand_written_loop_bit_for_bit():
     trainer = trainer_of()
     GradientAccumulation(2).attach(trainer)
     trainer.run(batches(4))
@@ -54,7 +54,7 @@ def test_full_windows_are_bit_for_bit_the_hand_written_loop():
 
 @pytest.mark.parametrize("weight", ["batch", "samples", lambda batch: len(batch[0])], ids=["batch", "samples", "callable"])
 @pytest.mark.parametrize("policy", ["step", "drop"])
-def test_a_window_is_the_big_batch(weight, policy):
+def test_a_window_equals_the_big_batch(weight, policy):
     trainer = double_trainer()
     GradientAccumulation(2, loss_weight=weight, partial_window=policy).attach(trainer)
     trainer.run(ragged())
@@ -64,7 +64,7 @@ def test_a_window_is_the_big_batch(weight, policy):
     torch.testing.assert_close(weights(model_of(trainer)), weights(expected), rtol=1e-12, atol=1e-14)
 
 
-def test_the_logged_loss_is_undivided():
+def test_the_loss_in_the_state_is_not_divided():
     trainer, losses = double_trainer(accumulation_steps=2), []
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=[1, 2]), lambda e: losses.append(e.state.output))
     trainer.run(ragged())
@@ -82,7 +82,7 @@ def test_a_change_takes_effect_with_the_next_window():
     assert steps == [2, 4, 7, 10]
 
 
-def test_detaching_sets_the_window_back():
+def test_detaching_restores_the_window():
     trainer = trainer_of(accumulation_steps=2)
     before = trainer.primary.window.settings
     with GradientAccumulation(5, loss_weight="samples", partial_window="drop").attached(trainer, "other"):
@@ -90,14 +90,14 @@ def test_detaching_sets_the_window_back():
     assert trainer.primary.window.settings == before
 
 
-def test_batches_that_weigh_nothing_are_an_error_that_says_so():
+def test_a_window_of_weight_zero_is_an_error():
     trainer = trainer_of(loss_weight=lambda batch: 0, accumulation_steps=2)
     with pytest.raises(ValueError, match="every batch of this window weighs 0 by loss_weight"):
         trainer.run(batches(2))
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), None, "3"])
-def test_a_weight_that_is_none_names_the_function(weight):
+def test_an_invalid_weight_is_an_error_that_names_the_function(weight):
     def tokens(batch):
         return weight
 

@@ -1,4 +1,4 @@
-"""Clipping is torch's, on the true gradient, and the norm is the one before it."""
+"""Clipping equals torch's, on the unscaled gradient of the window; the norm is the one before clipping."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ MSE = torch.nn.functional.mse_loss
 
 
 def by_hand(clip, data):
-    """A loop with a function of the parameters between backward and step; gives the model and what it returned."""
+    """A hand-written loop that calls a function between backward and step; returns the model and the results."""
     model = linear()
     optimizer, returned = sgd(model), []
     for x, y in data:
@@ -28,7 +28,7 @@ def norms_of(trainer):
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
-def test_clipping_by_norm_is_torchs(norm_type):
+def test_clipping_by_norm_equals_torchs(norm_type):
     trainer = trainer_of()
     GradientClipping(0.5, norm_type=norm_type).attach(trainer)
     norms = norms_of(trainer)
@@ -38,7 +38,7 @@ def test_clipping_by_norm_is_torchs(norm_type):
     assert same(norms, expected)
 
 
-def test_clipping_by_value_is_torchs_and_measures_before():
+def test_clipping_by_value_equals_torchs_and_the_norm_is_measured_first():
     trainer = trainer_of()
     GradientClipping(clip_value=0.05).attach(trainer)
     norms = norms_of(trainer)
@@ -93,7 +93,7 @@ def test_without_the_handler_there_is_no_norm():
     assert norms == [None, None]
 
 
-def test_of_two_the_norm_is_the_one_before_either():
+def test_with_two_clippings_the_norm_is_the_one_before_both():
     trainer = trainer_of(clip_grad_norm=0.01)
     GradientClipping(clip_value=0.001).attach(trainer, "value")
     norms = norms_of(trainer)
@@ -111,7 +111,7 @@ def test_fp16_is_clipped_after_unscaling():
     assert 0.5 < float(norms[0]) < 100
 
 
-def test_a_window_is_clipped_once_as_a_whole():
+def test_the_gradient_of_a_window_is_clipped_once():
     trainer = trainer_of(accumulation_steps=3, clip_grad_norm=0.1)
     norms = norms_of(trainer)
     trainer.run(batches(3))

@@ -1,4 +1,4 @@
-"""Every rate that a step used, what it looks like, and what it will be."""
+"""The history of learning rates: recording, plotting and simulating it."""
 
 import sys
 
@@ -11,7 +11,7 @@ from toys import batches, linear, model_of, sgd, trainer_of
 from camshaft import CheckpointRotation, LRHistory, StepEvents
 
 
-def test_it_notes_the_rate_that_each_step_used():
+def test_it_records_the_rate_that_each_step_used():
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer, scheduler=lr_scheduler.ExponentialLR(optimizer, 0.5))
@@ -20,7 +20,7 @@ def test_it_notes_the_rate_that_each_step_used():
     assert history.history == {"lr": [(1, 0.1), (2, 0.05), (3, 0.025)]}
 
 
-def test_groups_go_by_their_name_or_number():
+def test_groups_are_recorded_by_name_or_number():
     model = linear()
     optimizer = torch.optim.SGD([{"params": [model.weight], "name": "body"}, {"params": [model.bias], "lr": 1.0}], lr=0.1)
     history = LRHistory().attach(trainer := trainer_of(model, optimizer))
@@ -28,7 +28,7 @@ def test_groups_go_by_their_name_or_number():
     assert history.history == {"lr/body": [(1, 0.1)], "lr/1": [(1, 1.0)]}
 
 
-def test_a_skipped_step_is_not_noted():
+def test_a_skipped_step_is_not_recorded():
     trainer = trainer_of()
     history = LRHistory().attach(trainer)
     trainer.add_event_handler(
@@ -38,7 +38,7 @@ def test_a_skipped_step_is_not_noted():
     assert history.history["lr"] == [(1, 0.1), (2, 0.1)]
 
 
-def test_a_rate_that_the_user_sets_is_noted_as_it_was():
+def test_a_rate_that_the_user_sets_is_recorded():
     trainer = trainer_of()
     history = LRHistory().attach(trainer)
 
@@ -63,14 +63,14 @@ def test_it_survives_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_simulation_is_what_the_steps_will_use(name):
+def test_a_simulation_equals_the_rates_of_a_run(name):
     optimizer = sgd(linear())
     scheduler = SCHEDULERS[name](optimizer)
     assert [rate for _, rate in LRHistory.simulate(scheduler, 6)["lr"]] == by_hand(SCHEDULERS[name], [6], True)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_simulation_moves_neither_scheduler_nor_optimizer(name):
+def test_a_simulation_changes_neither_scheduler_nor_optimizer(name):
     model = linear()
     optimizer = sgd(model, momentum=0.9)
     scheduler = SCHEDULERS[name](optimizer)
@@ -80,7 +80,7 @@ def test_a_simulation_moves_neither_scheduler_nor_optimizer(name):
     assert torch.equal(model.weight, before[2])
 
 
-def test_a_simulation_goes_on_from_where_the_scheduler_is():
+def test_a_simulation_continues_from_the_state_of_the_scheduler():
     optimizer = sgd(linear())
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     optimizer.step()
@@ -89,12 +89,12 @@ def test_a_simulation_goes_on_from_where_the_scheduler_is():
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True])
-def test_a_number_of_steps_that_is_none_is_an_error(steps):
+def test_an_invalid_number_of_steps_is_an_error(steps):
     with pytest.raises(ValueError, match="steps must be a positive integer, got"):
         LRHistory.simulate(lr_scheduler.StepLR(sgd(linear()), 1), steps)
 
 
-def test_the_plot_shows_each_curve_and_is_written(tmp_path):
+def test_the_plot_shows_each_curve_and_is_saved(tmp_path):
     model = linear()
     optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": 1.0}], lr=0.1)
     history = LRHistory().attach(trainer := trainer_of(model, optimizer))
@@ -116,7 +116,7 @@ def test_the_plot_without_a_path_writes_nothing(tmp_path, monkeypatch):
     assert model_of(trainer).weight.requires_grad
 
 
-def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
+def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match="needs matplotlib: pip install matplotlib$"):
         LRHistory().plot()

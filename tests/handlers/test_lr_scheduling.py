@@ -1,4 +1,4 @@
-"""Any torch scheduler, on the clock of its choice."""
+"""Any torch scheduler, stepped per optimizer step, per epoch or on a metric."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SCHEDULERS = {
 
 
 def set_up(make, **options):
-    """A trainer with a schedule and the history of what its steps used."""
+    """A trainer with a schedule, and the history of its learning rates."""
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer)
@@ -38,7 +38,7 @@ def rates(history):
 
 
 def by_hand(make, counts, per_step):
-    """The rate of each step where epochs have so many steps and the schedule moves per step or per epoch."""
+    """The rate of each step of a hand-written loop that steps the scheduler per step or per epoch."""
     optimizer = sgd(linear())
     scheduler, used = make(optimizer), []
     for count in counts:
@@ -54,7 +54,7 @@ def by_hand(make, counts, per_step):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("every", ["step", "epoch"])
-def test_any_scheduler_is_stepped_as_by_hand(name, every):
+def test_any_scheduler_is_stepped_as_in_a_hand_written_loop(name, every):
     trainer, history = set_up(SCHEDULERS[name], every=every)
     trainer.run(batches(3), max_epochs=2)
     assert rates(history) == by_hand(SCHEDULERS[name], [3, 3], every == "step")
@@ -69,7 +69,7 @@ def test_it_steps_once_per_window():
     assert rates(history) == [0.1, 0.1, 0.05, 0.05]
 
 
-def test_a_skipped_step_moves_no_schedule():
+def test_a_skipped_step_does_not_advance_the_schedule():
     trainer, history = set_up(SCHEDULERS["LambdaLR"])
     second = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
     trainer.add_event_handler(second, lambda e: e.skip_step_if(torch.tensor(True)))
@@ -77,7 +77,7 @@ def test_a_skipped_step_moves_no_schedule():
     assert rates(history) == by_hand(SCHEDULERS["LambdaLR"], [3], True)
 
 
-def test_a_users_handler_of_the_step_sees_the_rate_that_it_used():
+def test_a_users_handler_on_the_step_sees_the_rate_that_the_step_used():
     trainer, _ = set_up(SCHEDULERS["LambdaLR"])
     seen = []
     rate = lambda e: seen.append(e.learning_rates("model")[0][1])  # noqa: E731
@@ -91,7 +91,7 @@ def plateau(optimizer):
 
 
 @pytest.mark.parametrize("order", ["schedule first", "evaluation first"])
-def test_a_plateau_follows_the_metric_of_the_same_epoch(order):
+def test_a_plateau_scheduler_uses_the_metric_of_the_same_epoch(order):
     scores = [3.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     model = linear()
     optimizer = sgd(model)
@@ -114,7 +114,7 @@ def test_a_plateau_follows_the_metric_of_the_same_epoch(order):
     assert seen[-1] == 5e-3
 
 
-def test_a_metric_between_epochs_is_followed_when_it_is_evaluated_and_only_once():
+def test_a_metric_inside_an_epoch_is_used_once_when_it_is_evaluated():
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer)
@@ -127,7 +127,7 @@ def test_a_metric_between_epochs_is_followed_when_it_is_evaluated_and_only_once(
     assert got == [(2, 5.0), (4, 4.0), (6, 3.0)]
 
 
-def test_a_metric_that_never_appears_is_an_error_that_names_those_there_are():
+def test_a_metric_that_never_appears_is_an_error_that_names_the_existing_ones():
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer)
@@ -137,7 +137,7 @@ def test_a_metric_that_never_appears_is_an_error_that_names_those_there_are():
         trainer.run(batches(2))
 
 
-def test_several_optimizers_have_a_schedule_each():
+def test_each_of_several_optimizers_has_its_schedule():
     model = linear()
     optimizers = [torch.optim.SGD([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=1.0)]
     schedulers = [lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
@@ -152,7 +152,7 @@ def test_on_a_plain_ignite_engine_it_says_what_it_needs():
         LRScheduling(SCHEDULERS["StepLR"](sgd(linear())), every="epoch").attach(Engine(print))
 
 
-def test_detached_it_moves_nothing():
+def test_after_detaching_it_steps_nothing():
     trainer, history = set_up(SCHEDULERS["LambdaLR"])
     trainer.handlers["LRScheduling"].detach()
     trainer.run(batches(3))
@@ -181,7 +181,7 @@ def test_wrong_arguments_are_errors(call, error, text):
         call()
 
 
-def test_a_metric_of_ignites_on_the_trainer_is_followed_in_its_own_epoch():
+def test_an_ignite_metric_on_the_trainer_is_used_in_the_same_epoch():
     trainer = trainer_of()
     Average().attach(trainer, "loss")
     seen = []

@@ -1,4 +1,4 @@
-"""Autocast around forward and loss, a scaler for float16, and both taken back."""
+"""Autocast for forward pass and loss, a gradient scaler for float16, and detaching."""
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ def by_hand(dtype, data):
     return model
 
 
-def test_bf16_is_the_loop_with_autocast():
+def test_bf16_equals_a_loop_with_autocast():
     trainer = trainer_of()
     MixedPrecision("bf16").attach(trainer)
     trainer.run(batches(3))
     assert same(weights(model_of(trainer)), weights(by_hand(torch.bfloat16, batches(3))))
 
 
-def test_fp16_is_the_loop_with_autocast_and_scaler():
+def test_fp16_equals_a_loop_with_autocast_and_scaler():
     trainer = trainer_of(amp="fp16")
     trainer.run(batches(3))
     model = linear()
@@ -44,7 +44,7 @@ def test_fp16_is_the_loop_with_autocast_and_scaler():
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_a_name_and_its_dtype_are_the_same(name, dtype):
+def test_a_name_and_its_dtype_are_equivalent(name, dtype):
     assert MixedPrecision(name).dtype is MixedPrecision(dtype).dtype is dtype
 
 
@@ -90,12 +90,12 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     assert same(weights(model_of(trainer)), before)
 
 
-def test_a_scaler_exists_for_fp16_alone():
+def test_only_fp16_has_a_scaler():
     assert trainer_of(amp="bf16").primary.precision.scaler.is_enabled() is False
     assert trainer_of(amp="fp16").primary.precision.scaler.is_enabled()
 
 
-def test_detaching_takes_it_back():
+def test_detaching_restores_full_precision():
     trainer = trainer_of()
     with MixedPrecision("fp16").attached(trainer):
         assert trainer.primary.precision.dtype is not None

@@ -1,4 +1,4 @@
-"""Nothing that isn't finite reaches the weights."""
+"""Losses and gradients that are not finite do not reach the weights."""
 
 import weakref
 
@@ -19,7 +19,7 @@ def poisoned(number=4, at=2, value=NAN):
 
 
 def clean(at=2, number=4):
-    """The weights of a run that never saw the bad batch."""
+    """The weights of a run without the bad batch."""
     data = batches(number)
     trainer = trainer_of()
     trainer.run([batch for i, batch in enumerate(data, 1) if i != at])
@@ -27,7 +27,7 @@ def clean(at=2, number=4):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_skip_leaves_the_bad_step_out_and_goes_on(value):
+def test_skip_omits_the_bad_step_and_continues(value):
     trainer = trainer_of()
     NonFiniteGuard("skip").attach(trainer)
     trainer.run(poisoned(value=value))
@@ -35,7 +35,7 @@ def test_skip_leaves_the_bad_step_out_and_goes_on(value):
     assert same(weights(model_of(trainer)), clean())
 
 
-def test_skip_with_momentum_leaves_its_state_clean_too():
+def test_skip_keeps_momentum_finite():
     model = linear()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     trainer = trainer_of(model, optimizer)
@@ -44,7 +44,7 @@ def test_skip_with_momentum_leaves_its_state_clean_too():
     assert all(torch.isfinite(value).all() for state in optimizer.state.values() for value in state.values())
 
 
-def test_raise_names_the_iteration_and_leaves_the_weights_as_before_it():
+def test_raise_names_the_iteration_and_does_not_change_the_weights():
     trainer = trainer_of()
     NonFiniteGuard().attach(trainer)
     before = []
@@ -82,7 +82,7 @@ def test_a_gradient_that_is_not_finite_is_named(name):
         trainer.run(batches(3))
 
 
-def test_infinities_that_cancel_are_found():
+def test_infinities_of_opposite_sign_are_found():
     trainer = trainer_of()
     NonFiniteGuard("skip").attach(trainer)
 
@@ -95,7 +95,7 @@ def test_infinities_that_cancel_are_found():
     assert trainer.run(batches(3)).skipped_steps == 1
 
 
-def test_a_bad_batch_spoils_its_whole_window_and_no_other():
+def test_a_bad_batch_skips_its_window_and_no_other():
     trainer = trainer_of(accumulation_steps=2)
     NonFiniteGuard("skip").attach(trainer)
     trainer.run(poisoned(6, at=3))
@@ -105,14 +105,14 @@ def test_a_bad_batch_spoils_its_whole_window_and_no_other():
     assert same(weights(model_of(trainer)), weights(model_of(expected)))
 
 
-def test_the_iteration_named_is_the_bad_one_of_the_window():
+def test_the_error_names_the_bad_iteration_of_the_window():
     trainer = trainer_of(accumulation_steps=3)
     NonFiniteGuard().attach(trainer)
     with pytest.raises(FloatingPointError, match="the loss of iteration 2 is nan, at optimizer step 1"):
         trainer.run(poisoned(6, at=2))
 
 
-def test_it_looks_before_clipping_turns_an_infinity_into_nothing():
+def test_it_checks_before_clipping_turns_an_infinity_into_zero():
     trainer = trainer_of()
     NonFiniteGuard("skip").attach(trainer)
     GradientClipping(function=lambda parameters: [p.grad.nan_to_num_() for p in parameters]).attach(trainer)
@@ -120,7 +120,7 @@ def test_it_looks_before_clipping_turns_an_infinity_into_nothing():
     assert trainer.run(batches(3)).skipped_steps == 1
 
 
-def test_no_schedule_or_history_moves():
+def test_a_skipped_step_advances_no_schedule_or_history():
     trainer = trainer_of()
     history = LRHistory().attach(trainer)
     NonFiniteGuard("skip").attach(trainer)
@@ -128,7 +128,7 @@ def test_no_schedule_or_history_moves():
     assert [step for step, _ in history.history["lr"]] == [1, 2, 3]
 
 
-def test_a_scalers_overflow_is_not_the_guards_business():
+def test_it_ignores_an_overflow_that_the_scaler_handles():
     trainer = trainer_of(amp="fp16")
     NonFiniteGuard().attach(trainer)
     x, y = batches(1)[0]
@@ -136,20 +136,20 @@ def test_a_scalers_overflow_is_not_the_guards_business():
     assert all(tensor.isfinite().all() for tensor in weights(model_of(trainer)))
 
 
-def test_a_loss_that_is_nan_under_fp16_is_its_business():
+def test_it_checks_the_loss_under_fp16():
     trainer = trainer_of(amp="fp16")
     NonFiniteGuard().attach(trainer)
     with pytest.raises(FloatingPointError, match="the loss of iteration 2 is nan"):
         trainer.run(poisoned())
 
 
-def test_without_the_guard_nan_is_the_users_to_see():
+def test_without_the_guard_nan_reaches_the_weights():
     trainer = trainer_of()
     trainer.run(poisoned())
     assert model_of(trainer).weight.isnan().any()
 
 
-def test_the_trainer_can_be_run_again_after_it_raised():
+def test_the_trainer_can_run_again_after_an_error():
     trainer = trainer_of()
     NonFiniteGuard().attach(trainer)
     with pytest.raises(FloatingPointError, match="iteration 1 is nan"):
@@ -164,7 +164,7 @@ def model_of_clean_run():
     return model_of(trainer)
 
 
-def test_parameters_without_a_gradient_are_passed_over():
+def test_parameters_without_a_gradient_are_ignored():
     model = torch.nn.ModuleDict({"used": linear(), "unused": linear()})
     trainer = create_trainer(
         model, sgd(model), None, compute_loss=lambda m, batch: torch.nn.functional.mse_loss(m["used"](batch[0]), batch[1])
@@ -179,7 +179,7 @@ def test_an_unknown_action_is_an_error(action):
         NonFiniteGuard(action)
 
 
-def test_a_finite_gradient_whose_sum_would_overflow_is_let_through():
+def test_a_finite_gradient_whose_sum_overflows_is_accepted():
     trainer = trainer_of()
     NonFiniteGuard("raise").attach(trainer)
 
@@ -193,7 +193,7 @@ def test_a_finite_gradient_whose_sum_would_overflow_is_let_through():
 
 
 @pytest.mark.parametrize(("scale", "skipped"), [(1.0, 0), (NAN, 2)])
-def test_sparse_gradients_and_parameters_without_entries_are_looked_at_too(scale, skipped):
+def test_sparse_gradients_and_empty_parameters_are_checked(scale, skipped):
     model = torch.nn.Embedding(5, 2, sparse=True)
     model.empty = torch.nn.Parameter(torch.zeros(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -204,7 +204,7 @@ def test_sparse_gradients_and_parameters_without_entries_are_looked_at_too(scale
     assert trainer.state.skipped_steps == skipped
 
 
-def test_under_fp16_a_gradient_that_a_handler_spoils_after_unscaling_is_seen():
+def test_under_fp16_it_finds_a_bad_gradient_that_a_handler_wrote_after_unscaling():
     trainer = trainer_of(amp="fp16")
     trainer.primary.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # no overflow to hide it
     NonFiniteGuard("raise").attach(trainer)
@@ -214,12 +214,12 @@ def test_under_fp16_a_gradient_that_a_handler_spoils_after_unscaling_is_seen():
     assert all(p.isfinite().all() for p in trainer.primary.parameters())
 
 
-# -- beside a clipping ----------------------------------------------------------------------------------------------------
+# -- with clipping ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def norms_taken(monkeypatch):
-    """The orders of the norms that are taken of all gradients."""
+def computed_norms(monkeypatch):
+    """The orders of the norms that are computed over all gradients."""
     orders, take = [], torch._foreach_norm
     monkeypatch.setattr(torch, "_foreach_norm", lambda tensors, order: orders.append(order) or take(tensors, order))
     return orders
@@ -238,20 +238,20 @@ def clipped(guarded, prepare=lambda trainer: None, model=None, **options):
 
 
 @pytest.mark.parametrize("order", [2.0, 1.0, 3.0, INF])
-def test_the_norms_are_taken_once_for_both(norms_taken, order):
+def test_the_norms_are_computed_once_for_both(computed_norms, order):
     expected = clipped(guarded=False, norm_type=order)
-    norms_taken.clear()
+    computed_norms.clear()
     assert same(clipped(guarded=True, norm_type=order), expected)
-    assert norms_taken == [order] * 4
+    assert computed_norms == [order] * 4
 
 
-def test_a_gradient_that_changes_between_them_is_measured_again(norms_taken):
+def test_a_gradient_that_changes_between_them_is_measured_again(computed_norms):
     def halve(trainer):
         between = lambda: [p.grad.mul_(0.5) for p in trainer.primary.parameters()]  # noqa: E731
         trainer.add_event_handler_at(15, StepEvents.GRADIENTS_READY, between)
 
     assert same(clipped(guarded=True, prepare=halve), clipped(guarded=False, prepare=halve))
-    assert norms_taken == [2.0] * (4 + 4 + 4)
+    assert computed_norms == [2.0] * (4 + 4 + 4)
 
 
 def test_each_of_two_clippings_measures_what_it_clips():
@@ -271,7 +271,7 @@ def test_gradients_of_several_types_are_summed_as_torch_sums_them():
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_the_gradient_at_fault_is_named_though_clipping_spreads_it_over_all(value):
+def test_the_error_names_the_bad_gradient_although_clipping_spreads_it(value):
     trainer = trainer_of(clip_grad_norm=0.5)
     NonFiniteGuard().attach(trainer)
     bias = model_of(trainer).bias
@@ -280,7 +280,7 @@ def test_the_gradient_at_fault_is_named_though_clipping_spreads_it_over_all(valu
         trainer.run(batches(3))
 
 
-def test_a_norm_that_overflows_is_not_finite_either():
+def test_a_norm_that_overflows_counts_as_not_finite():
     """Clipping by it would make the gradient 0."""
     trainer = trainer_of(clip_grad_norm=0.5)
     NonFiniteGuard("skip").attach(trainer)
@@ -297,7 +297,7 @@ def test_after_the_clipping_is_detached_nothing_overflows():
     assert trainer.run(batches(1)).skipped_steps == 0
 
 
-def test_no_gradient_outlives_its_step():
+def test_no_gradient_is_kept_after_its_step():
     trainer, gradients = trainer_of(clip_grad_norm=0.5), []
     NonFiniteGuard().attach(trainer)
     trainer.add_event_handler(

@@ -1,4 +1,4 @@
-"""The bar shows where the run is, and reads the loss only when it redraws."""
+"""The progress bar, which reads the loss only when it redraws."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ from camshaft import CheckpointRotation, Evaluation, Progress, create_trainer
 
 
 def drawn(trainer, *, data=3, run=None, **options):
-    """The states of the bars that a run draws, last of each line first to last."""
+    """All states of the bars that a run draws, in order."""
     text = io.StringIO()
     Progress(file=text, ncols=120, **{"every_seconds": 0} | options).attach(trainer)
     trainer.run(batches(data), **(run or {}))
@@ -35,14 +35,14 @@ def test_it_shows_the_loss_and_the_rate():
     assert "it/s" in last
 
 
-def test_the_bar_that_stays_shows_the_metrics():
+def test_the_final_bar_shows_the_metrics():
     trainer = trainer_of()
     Evaluation(scripted([0.75]), [0]).attach(trainer)
     lines = [line for line in drawn(trainer) if "3/3" in line]
     assert "val/score=0.75" in lines[-1]
 
 
-def test_without_metrics_it_does_not():
+def test_metrics_can_be_left_out():
     trainer = trainer_of()
     Evaluation(scripted([0.75]), [0]).attach(trainer)
     assert not any("val/score" in line for line in drawn(trainer, metrics=False))
@@ -59,7 +59,7 @@ def test_named_outputs_are_shown_by_name():
 
 
 class Fetched(torch.Tensor):
-    """A tensor that counts how often it is brought to the host."""
+    """A tensor that counts how often its value is copied to the host."""
 
     fetches = 0
 
@@ -77,7 +77,7 @@ def test_it_reads_the_loss_only_when_it_redraws(monkeypatch):
     assert Fetched.fetches == 3 + 1
 
 
-def test_a_bar_of_data_without_a_length_has_no_total():
+def test_a_bar_for_data_of_unknown_length_has_no_total():
     trainer, text = trainer_of(), io.StringIO()
     Progress(file=text, every_seconds=0).attach(trainer)
     trainer.run(iter(batches(3)))
@@ -98,7 +98,7 @@ def test_an_exception_closes_the_bar():
 
 
 @pytest.mark.parametrize("stop", [lambda e: e.terminate(), lambda e: e.terminate_epoch(), lambda e: e.terminate(True)])
-def test_a_run_cut_short_closes_the_bar(stop):
+def test_a_run_that_ends_early_closes_the_bar(stop):
     trainer = trainer_of()
     progress = Progress(file=io.StringIO(), every_seconds=0).attach(trainer)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), stop)
@@ -106,7 +106,7 @@ def test_a_run_cut_short_closes_the_bar(stop):
     assert progress.bar is None
 
 
-def test_a_resumed_epoch_begins_where_it_was(tmp_path):
+def test_a_resumed_epoch_starts_at_its_position(tmp_path):
     first = trainer_of()
     CheckpointRotation(tmp_path).attach(first)
     first.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate())
@@ -126,7 +126,7 @@ def test_it_works_on_a_plain_ignite_engine():
     assert "loss=0.5" in text.getvalue()
 
 
-def test_detached_in_mid_run_it_closes_its_bar():
+def test_detaching_during_a_run_closes_the_bar():
     trainer = trainer_of()
     progress = Progress(file=io.StringIO(), every_seconds=0).attach(trainer)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), progress.detach)
@@ -134,7 +134,7 @@ def test_detached_in_mid_run_it_closes_its_bar():
     assert progress.bar is None
 
 
-def test_attached_in_mid_run_it_begins_with_the_next_iteration():
+def test_attached_during_a_run_it_starts_with_the_next_iteration():
     trainer, text = trainer_of(), io.StringIO()
     progress = Progress(file=text, every_seconds=0)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda e: progress.attach(e))
@@ -150,12 +150,12 @@ def test_disabled_it_draws_nothing(capsys):
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
-def test_a_negative_pause_is_an_error(seconds):
+def test_a_negative_interval_is_an_error(seconds):
     with pytest.raises(ValueError, match="every_seconds must be a number of at least 0, got"):
         Progress(every_seconds=seconds)
 
 
-def test_without_tqdm_the_error_says_how_to_get_it(monkeypatch):
+def test_without_tqdm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ModuleNotFoundError, match="needs tqdm: pip install tqdm$"):
         Progress()

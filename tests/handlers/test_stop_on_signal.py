@@ -1,4 +1,4 @@
-"""A signal ends a run in order: in a real process, and in this one."""
+"""A signal ends a run in an orderly way, in a process of its own and in this one."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture(autouse=True)
 def _nobody_dies():
-    """A signal that nobody listens to fails its test, and not the whole process."""
+    """Makes a signal that is not handled fail the test instead of ending the process."""
 
     def nobody(number, frame):
         raise AssertionError(f"nobody listens to {signal.Signals(number).name}")
@@ -57,7 +57,7 @@ def child(folder, name, then="pass"):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_process_closes_its_window_saves_and_exits_with_the_signals_code(name, code, tmp_path):
+def test_a_process_completes_its_window_saves_and_exits_with_the_code_of_the_signal(name, code, tmp_path):
     done = child(tmp_path, name)
     assert done.returncode == code
     assert done.stdout == f"completed at 2 {name} received\n"
@@ -65,7 +65,7 @@ def test_a_process_closes_its_window_saves_and_exits_with_the_signals_code(name,
     assert [path.name for path in tmp_path.glob("*.pt")] == ["step-00000002.pt"]
 
 
-def test_a_second_signal_quits_at_once(tmp_path):
+def test_a_second_signal_exits_immediately(tmp_path):
     done = child(tmp_path, "SIGTERM", then="os.kill(os.getpid(), signal.SIGINT)")
     assert done.returncode == 130
     assert done.stdout == ""
@@ -73,7 +73,7 @@ def test_a_second_signal_quits_at_once(tmp_path):
 
 
 def signalled(trainer, *, at, number=signal.SIGTERM, event=Events.ITERATION_STARTED, **run):
-    """Runs a trainer that gets a signal at an iteration; gives the exit code."""
+    """Runs a trainer that receives a signal in an iteration; returns the exit code."""
     trainer.add_event_handler(event(once=at), lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as caught:
         trainer.run(batches(6), **run)
@@ -90,7 +90,7 @@ def test_the_run_ends_with_system_exit(number, code):
 
 
 @pytest.mark.parametrize(("at", "iteration"), [(1, 3), (3, 3), (4, 6)])
-def test_the_window_is_closed_first(at, iteration):
+def test_the_window_is_completed_first(at, iteration):
     trainer = trainer_of(accumulation_steps=3)
     StopOnSignal().attach(trainer)
     signalled(trainer, at=at)
@@ -99,14 +99,14 @@ def test_the_window_is_closed_first(at, iteration):
 
 
 @pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.EPOCH_COMPLETED], ids=lambda event: event.name)
-def test_a_signal_at_an_epochs_bound_is_heard(event):
+def test_a_signal_between_epochs_is_handled(event):
     trainer = trainer_of()
     StopOnSignal().attach(trainer)
     assert signalled(trainer, at=1, event=event, max_epochs=3) == 143
     assert trainer.state.epoch == 1
 
 
-def test_everything_of_the_end_runs_before_it_leaves(tmp_path):
+def test_handlers_at_the_end_of_the_run_run_before_the_exit(tmp_path):
     trainer, order = trainer_of(), []
     StopOnSignal().attach(trainer)
     checkpoints = CheckpointRotation(tmp_path, every=Events.COMPLETED).attach(trainer)
@@ -117,7 +117,7 @@ def test_everything_of_the_end_runs_before_it_leaves(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["end", "terminate", "terminate without COMPLETED", "exception", "signal"])
-def test_the_handlers_that_were_there_are_put_back(end):
+def test_the_earlier_signal_handlers_are_restored(end):
     mine = lambda number, frame: None  # noqa: E731
     before = signal.signal(signal.SIGTERM, mine)
     try:
@@ -147,7 +147,7 @@ def test_the_handlers_that_were_there_are_put_back(end):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_after_the_exit_was_caught_the_next_run_is_an_ordinary_one():
+def test_after_the_exit_was_caught_the_trainer_can_run_again():
     trainer = trainer_of()
     StopOnSignal().attach(trainer)
     ask = lambda: signal.raise_signal(signal.SIGTERM)  # noqa: E731
@@ -156,7 +156,7 @@ def test_after_the_exit_was_caught_the_next_run_is_an_ordinary_one():
     assert trainer.run(batches(3)).iteration == 3
 
 
-def test_an_exception_after_the_signal_is_the_exception():
+def test_an_exception_after_the_signal_is_raised():
     trainer = trainer_of(accumulation_steps=3)
     StopOnSignal().attach(trainer)
 
@@ -169,7 +169,7 @@ def test_an_exception_after_the_signal_is_the_exception():
         trainer.run(batches(6))
 
 
-def test_an_interrupted_run_that_goes_on_listens_again():
+def test_an_interrupted_run_that_continues_listens_again():
     trainer = trainer_of()
     StopOnSignal().attach(trainer)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda e: e.interrupt())
@@ -195,13 +195,13 @@ def test_outside_the_main_thread_it_warns_and_does_not_listen():
     assert caught == [2]
 
 
-def test_other_signals_may_be_chosen():
+def test_other_signals_can_be_chosen():
     trainer = trainer_of()
     StopOnSignal([signal.SIGUSR1]).attach(trainer)
     assert signalled(trainer, at=1, number=signal.SIGUSR1) == 128 + signal.SIGUSR1
 
 
-def test_detached_it_does_not_listen():
+def test_after_detaching_it_does_not_listen():
     trainer = trainer_of()
     StopOnSignal().attach(trainer).detach()
     before, seen = signal.getsignal(signal.SIGTERM), []
@@ -210,7 +210,7 @@ def test_detached_it_does_not_listen():
     assert seen == [True]
 
 
-def test_a_plain_ignite_engine_ends_in_order_too():
+def test_it_works_on_a_plain_ignite_engine():
     engine, completed = Engine(lambda engine, batch: None), []
     StopOnSignal().attach(engine)
     engine.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: signal.raise_signal(signal.SIGTERM))
@@ -220,6 +220,6 @@ def test_a_plain_ignite_engine_ends_in_order_too():
 
 
 @pytest.mark.parametrize("signals", [[], [1234], ["SIGTERM"], 15])
-def test_something_else_than_signals_is_an_error(signals):
+def test_an_argument_that_is_not_a_signal_is_an_error(signals):
     with pytest.raises(ValueError, match="signals must (be a sequence such as|name at least one)"):
         StopOnSignal(signals)

@@ -1,17 +1,14 @@
-"""What is written is read back with TensorBoard's own reader."""
-
-import time
+"""The event files, read with TensorBoard's own reader."""
 
 import pytest
 import torch
+from event_files import by_hand, curve, read
 from ignite.engine import Events
 from ignite.metrics import Loss
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from toys import batches, linear, model_of, scripted, sgd, trainer_of
 
 from camshaft import (
-    CheckpointRotation,
     EarlyStopping,
     Evaluation,
     GradientClipping,
@@ -25,30 +22,6 @@ from camshaft import (
 MSE = torch.nn.functional.mse_loss
 
 
-def read(folder):
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0})
-    return accumulator.Reload()
-
-
-def curve(folder, tag):
-    """(step, value) of a scalar."""
-    return [(event.step, event.value) for event in read(folder).Scalars(tag)]
-
-
-def by_hand(data, lr=0.1):
-    """Each step's loss and gradient norm, by hand."""
-    model = linear()
-    optimizer, losses, norms = sgd(model, lr), [], []
-    for x, y in data:
-        optimizer.zero_grad()
-        loss = MSE(model(x), y)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        norms.append(float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()))
-        optimizer.step()
-    return losses, norms
-
-
 def test_the_loss_is_the_mean_since_the_last_point(tmp_path):
     trainer = trainer_of()
     TensorBoard(tmp_path, every=2).attach(trainer)
@@ -58,7 +31,7 @@ def test_the_loss_is_the_mean_since_the_last_point(tmp_path):
     assert curve(tmp_path, "train/loss") == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
 
 
-def test_with_accumulation_the_loss_is_undivided_and_the_axis_the_optimizer_step(tmp_path):
+def test_with_accumulation_the_loss_is_not_divided_and_the_axis_is_the_optimizer_step(tmp_path):
     trainer = trainer_of(accumulation_steps=2)
     TensorBoard(tmp_path, every=1).attach(trainer)
     trainer.run(batches(4))
@@ -69,7 +42,7 @@ def test_with_accumulation_the_loss_is_undivided_and_the_axis_the_optimizer_step
     assert points[0][1] == pytest.approx(sum(first) / 2, rel=1e-6)
 
 
-def test_the_rate_is_the_one_that_the_step_used_and_the_norm_the_last(tmp_path):
+def test_the_rate_is_the_one_that_the_step_used_and_the_norm_is_the_latest(tmp_path):
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer, scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
@@ -82,7 +55,7 @@ def test_the_rate_is_the_one_that_the_step_used_and_the_norm_the_last(tmp_path):
     assert curve(tmp_path, "train/grad_norm") == [(2, pytest.approx(norms[1])), (4, pytest.approx(norms[3]))]
 
 
-def test_the_norm_is_the_hand_written_one(tmp_path):
+def test_the_norm_equals_the_hand_written_one(tmp_path):
     trainer = trainer_of(clip_grad_norm=100.0)
     TensorBoard(tmp_path, every=1).attach(trainer)
     trainer.run(batches(3))
@@ -90,14 +63,14 @@ def test_the_norm_is_the_hand_written_one(tmp_path):
     assert [value for _, value in curve(tmp_path, "train/grad_norm")] == pytest.approx(norms, rel=1e-5)
 
 
-def test_without_a_measure_there_is_no_norm(tmp_path):
+def test_without_clipping_there_is_no_norm(tmp_path):
     trainer = trainer_of()
     TensorBoard(tmp_path, every=1).attach(trainer)
     trainer.run(batches(2))
     assert read(tmp_path).Tags()["scalars"] == ["train/loss", "train/lr", "train/samples_per_second"]
 
 
-def test_the_rate_of_samples_counts_samples_and_time(tmp_path, monkeypatch):
+def test_samples_per_second_is_samples_divided_by_training_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("camshaft.handlers.tensorboard.time.perf_counter", lambda: now[0])
     trainer = trainer_of()
@@ -122,7 +95,7 @@ def test_the_points_of_a_second_are_fetched_and_written_together(tmp_path, monke
     assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_held_is_written_before_an_exception_leaves(tmp_path):
+def test_buffered_points_are_written_before_an_exception_propagates(tmp_path):
     trainer = trainer_of()
     TensorBoard(tmp_path, every=1).attach(trainer)
     trainer.add_event_handler(StepEvents.FORWARD_STARTED(once=4), lambda: 1 / 0)
@@ -131,7 +104,7 @@ def test_what_is_held_is_written_before_an_exception_leaves(tmp_path):
     assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2, 3]
 
 
-def test_several_groups_have_a_curve_each(tmp_path):
+def test_each_parameter_group_has_a_curve(tmp_path):
     model = linear()
     optimizer = torch.optim.SGD([{"params": [model.weight], "name": "body"}, {"params": [model.bias], "lr": 1.0}], lr=0.1)
     trainer = trainer_of(model, optimizer)
@@ -141,7 +114,7 @@ def test_several_groups_have_a_curve_each(tmp_path):
     assert curve(tmp_path, "train/lr/1") == [(1, 1.0)]
 
 
-def test_the_entries_of_a_mapping_are_there_by_name(tmp_path):
+def test_each_named_loss_has_a_curve(tmp_path):
     model = linear()
 
     def compute_loss(model, batch):
@@ -157,7 +130,7 @@ def test_the_entries_of_a_mapping_are_there_by_name(tmp_path):
     assert fit[0][1] == pytest.approx(by_hand(batches(1))[0][0], rel=1e-6)
 
 
-def test_metrics_go_by_their_names_at_the_step_of_their_evaluation(tmp_path):
+def test_metrics_are_written_under_their_names_at_the_step_of_their_evaluation(tmp_path):
     trainer = trainer_of()
     evaluator = create_evaluator(model_of(trainer), metrics={"loss": Loss(MSE)})
     Evaluation(evaluator, batches(2)).attach(trainer)
@@ -188,7 +161,7 @@ def test_vectors_and_mappings_are_written_entry_by_entry(tmp_path):
         assert curve(tmp_path, tag) == [(2, value)]
 
 
-def test_a_metric_that_is_no_number_is_a_warning_that_names_it(tmp_path):
+def test_a_metric_that_is_not_a_number_gives_a_warning(tmp_path):
     trainer = trainer_of()
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(odd="text"))
     TensorBoard(tmp_path).attach(trainer)
@@ -197,13 +170,13 @@ def test_a_metric_that_is_no_number_is_a_warning_that_names_it(tmp_path):
 
 
 def hparams_of(folder):
-    """The hyper-parameters of a run's session, as the HParams tab reads them."""
+    """The hyperparameters of a run, as the HParams tab reads them."""
     metadata = read(folder).SummaryMetadata("_hparams_/session_start_info")
     content = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
     return dict(content.session_start_info.hparams.items())
 
 
-def test_hyper_parameters_come_with_the_final_metrics(tmp_path):
+def test_hyperparameters_are_written_with_the_final_metrics(tmp_path):
     trainer = trainer_of()
     Evaluation(scripted([1.0, 2.0]), [0]).attach(trainer)
     TensorBoard(tmp_path, hparams={"lr": 0.1, "optimizer": "sgd", "nesterov": False, "layers": 3}).attach(trainer)
@@ -219,7 +192,7 @@ def test_hyper_parameters_come_with_the_final_metrics(tmp_path):
     assert curve(tmp_path, "val/score")[-1] == (4, 2.0)
 
 
-def test_images_come_with_the_metrics(tmp_path):
+def test_images_are_written_with_the_metrics(tmp_path):
     trainer = trainer_of()
     Evaluation(scripted([1.0]), [0]).attach(trainer)
     images = lambda engine: {"one": torch.rand(3, 4, 5), "grid": torch.rand(2, 1, 4, 5)}  # noqa: E731
@@ -230,7 +203,7 @@ def test_images_come_with_the_metrics(tmp_path):
     assert [image.step for image in reader.Images("grid")] == [2, 4]
 
 
-def test_histograms_are_of_weights_and_gradients(tmp_path):
+def test_histograms_of_weights_and_gradients_are_written(tmp_path):
     trainer = trainer_of()
     Evaluation(scripted([1.0]), [0]).attach(trainer)
     TensorBoard(tmp_path, histograms=True).attach(trainer)
@@ -241,60 +214,7 @@ def test_histograms_are_of_weights_and_gradients(tmp_path):
     assert event.histogram_value.max == pytest.approx(float(model_of(trainer).weight.detach().max()), rel=1e-6)
 
 
-def resumable(folder):
-    trainer = trainer_of()
-    Evaluation(scripted([1.0]), [0]).attach(trainer)
-    TensorBoard(folder / "board", every=1).attach(trainer)
-    return trainer, CheckpointRotation(folder / "checkpoints", keep_last=9).attach(trainer)
-
-
-def test_a_resumed_run_goes_on_in_the_same_folder_and_hides_what_came_after(tmp_path):
-    first, _ = resumable(tmp_path)
-    first.run(batches(2), max_epochs=3)
-    time.sleep(1.1)  # the reader puts files in order by the second in their names
-    second, checkpoints = resumable(tmp_path)
-    checkpoints.resume(tmp_path / "checkpoints" / "step-00000004.pt")
-    second.run(batches(2), max_epochs=4)
-    steps = [step for step, _ in curve(tmp_path / "board", "train/loss")]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [step for step, _ in curve(tmp_path / "board", "val/score")] == [2, 4, 6, 8]
-    losses, _ = by_hand(batches(2) * 4)
-    assert [value for _, value in curve(tmp_path / "board", "train/loss")] == pytest.approx(losses, rel=1e-5)
-
-
-def test_a_point_that_a_stop_falls_into_is_whole_after_the_resume(tmp_path):
-    def make():
-        trainer = trainer_of()
-        board = TensorBoard(tmp_path / "board", every=4).attach(trainer)
-        return trainer, board, CheckpointRotation(tmp_path / "checkpoints").attach(trainer)
-
-    trainer, _, _ = make()
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: trainer.terminate())
-    trainer.run(batches(8))
-    time.sleep(1.1)
-    trainer, _, rotation = make()
-    rotation.resume()
-    trainer.run(batches(8))
-    losses, _ = by_hand(batches(8))
-    means = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
-    assert [value for _, value in curve(tmp_path / "board", "train/loss")] == pytest.approx(means, rel=1e-6)
-
-
-def test_what_a_checkpoint_comes_after_is_on_the_disk_before_it(tmp_path):
-    trainer = trainer_of()
-    TensorBoard(tmp_path, every=1).attach(trainer)
-    seen = []
-
-    @trainer.on(Events.ITERATION_COMPLETED(once=3))
-    def save(engine):
-        engine.checkpoint()
-        seen.extend(step for step, _ in curve(tmp_path, "train/loss"))
-
-    trainer.run(batches(5))
-    assert seen == [1, 2, 3]
-
-
-def test_a_run_that_stops_early_has_its_last_metrics_and_hparams(tmp_path):
+def test_a_run_that_stops_early_writes_its_last_metrics_and_hyperparameters(tmp_path):
     trainer = trainer_of()
     Evaluation(scripted([1.0]), [0]).attach(trainer)
     EarlyStopping("val/score", patience=1).attach(trainer)
@@ -304,7 +224,7 @@ def test_a_run_that_stops_early_has_its_last_metrics_and_hparams(tmp_path):
     assert hparams_of(tmp_path)["lr"].number_value == 0.1
 
 
-def test_after_an_exception_what_was_written_is_on_the_disk(tmp_path):
+def test_after_an_exception_all_points_are_on_disk(tmp_path):
     trainer = trainer_of()
     board = TensorBoard(tmp_path, every=1).attach(trainer)
 
@@ -318,7 +238,7 @@ def test_after_an_exception_what_was_written_is_on_the_disk(tmp_path):
     board.detach()
 
 
-def test_a_step_that_was_skipped_makes_no_point(tmp_path):
+def test_a_skipped_step_makes_no_point(tmp_path):
     trainer = trainer_of()
     TensorBoard(tmp_path, every=1).attach(trainer)
     second = StepEvents.GRADIENTS_READY(lambda engine, _: engine.state.iteration == 2)
@@ -327,7 +247,7 @@ def test_a_step_that_was_skipped_makes_no_point(tmp_path):
     assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2]
 
 
-def test_the_cycle_is_there_as_text(tmp_path):
+def test_the_cycle_is_written_as_text(tmp_path):
     trainer = trainer_of(clip_grad_norm=1.0)
     TensorBoard(tmp_path).attach(trainer)
     trainer.run(batches(1))
@@ -345,7 +265,7 @@ def test_many_batches_between_points_have_the_right_mean(tmp_path):
     assert curve(tmp_path, "train/loss") == [(1, pytest.approx(sum(losses) / 600, rel=1e-5))]
 
 
-def test_a_plateaus_rate_is_the_one_that_was_used(tmp_path):
+def test_the_rate_of_a_plateau_scheduler_is_the_one_that_the_step_used(tmp_path):
     model = linear()
     optimizer = sgd(model)
     trainer = trainer_of(model, optimizer)

@@ -1,4 +1,4 @@
-"""What people see: the real TensorBoard is started over two real runs, and its pages' data are read as a browser reads them."""
+"""The data of TensorBoard's pages for two runs, requested from a real server as a browser does."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def train(folder, lr):
 
 
 class Server:
-    """A TensorBoard that is running."""
+    """A running TensorBoard server."""
 
     def __init__(self, address):
         self.address = address
@@ -60,7 +60,7 @@ class Server:
 
 
 def wait_for(question, what, seconds=30):
-    """The first answer that isn't empty."""
+    """Repeats a request until its answer is not empty."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if answer := question():
@@ -78,7 +78,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def board(trained, tmp_path_factory):
-    """TensorBoard itself, over both runs."""
+    """A TensorBoard server that shows both runs."""
     log = tmp_path_factory.mktemp("log") / "log.txt"
     place = ["--logdir", trained[0], "--host", "127.0.0.1", "--port", "0", "--reload_interval", "1"]
     with log.open("w") as output:
@@ -105,7 +105,7 @@ def curve(board, run, tag):
 # -- Scalars ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_runs_stand_side_by_side(board):
+def test_both_runs_are_listed(board):
     assert set(board.get("runs")) == set(RUNS)
 
 
@@ -116,7 +116,7 @@ def test_every_run_has_every_curve(run, board):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_learning_rate_is_the_schedules(run, board):
+def test_the_learning_rate_is_that_of_the_schedule(run, board):
     expected = [(step, pytest.approx(RUNS[run] * 0.9 ** (step - 1), rel=1e-5)) for step in range(1, STEPS * EPOCHS + 1)]
     assert curve(board, run, "train/lr") == expected
 
@@ -132,7 +132,7 @@ def test_validation_has_the_same_steps_as_training(tag, board):
 
 
 def charts(board):
-    """Title -> the names of the curves that a run has in it, of the one page."""
+    """Title -> the names of the curves of a run in this chart."""
     (category,) = board.get("plugin/custom_scalars/layout")["category"]
     return {
         chart["title"]: sorted(
@@ -144,7 +144,7 @@ def charts(board):
     }
 
 
-def test_one_page_has_what_belongs_together(board):
+def test_one_page_has_the_charts_of_related_curves(board):
     shown = {
         "loss": ["train/loss", "val/loss"],
         "accuracy": ["val/accuracy"],
@@ -158,7 +158,7 @@ def test_one_page_has_what_belongs_together(board):
 # -- HParams ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_hyper_parameters_are_columns(board):
+def test_the_hyperparameters_are_columns(board):
     experiment = board.post("plugin/hparams/experiment", experimentName="")
     assert {info["name"] for info in experiment["hparamInfos"]} == {"lr", "model"}
     assert {info["name"]["tag"] for info in experiment["metricInfos"]} == {"val/accuracy", "val/loss"}
@@ -172,13 +172,13 @@ def sessions(board):
     return {group["name"]: group for group in found}
 
 
-def test_each_run_has_its_hyper_parameters(board):
+def test_each_run_has_its_hyperparameters(board):
     found = {name: group["hparams"] for name, group in sessions(board).items()}
     assert found == {name: {"lr": lr, "model": "linear"} for name, lr in RUNS.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_beside_them_stand_the_final_metrics(run, board, trained):
+def test_the_final_metrics_are_shown_with_the_hyperparameters(run, board, trained):
     shown = {value["name"]["tag"]: value["value"] for value in sessions(board)[run]["metricValues"]}
     assert shown == {name: pytest.approx(value, rel=1e-6) for name, value in trained[1][run].items()}
 
@@ -187,7 +187,7 @@ def test_beside_them_stand_the_final_metrics(run, board, trained):
 
 
 @pytest.mark.parametrize("tag", ["val/digits", "val/sample"])
-def test_the_images_are_pictures_of_every_evaluation(tag, board):
+def test_every_evaluation_has_its_images(tag, board):
     shown = board.get("plugin/images/images", run="slow", tag=tag, sample=0)
     assert [image["step"] for image in shown] == [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
     assert board.raw(f"plugin/images/individualImage?{shown[-1]['query']}").startswith(PNG)
@@ -197,10 +197,10 @@ def text(board, run, name):
     return board.get("plugin/text/text", run=run, tag=f"{name}/text_summary")[-1]["text"]
 
 
-def test_the_cycle_is_there_to_read(board):
+def test_the_text_of_the_cycle_is_shown(board):
     cycle = text(board, "slow", "cycle")
     assert cycle.index("GradientClipping(max_norm=1.0).clip") < cycle.index("OPTIMIZER_STEP_COMPLETED")
 
 
-def test_how_the_run_ended_is_there_to_read(board):
+def test_the_reason_why_the_run_ended_is_shown(board):
     assert "finished after 4 epochs" in text(board, "fast", "ended")

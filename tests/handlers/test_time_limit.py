@@ -1,4 +1,4 @@
-"""A run ends in order before its time is up."""
+"""A run ends in an orderly way before its time limit."""
 
 import pytest
 from ignite.engine import Events
@@ -8,7 +8,7 @@ from camshaft import CheckpointRotation, TimeLimit
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that the test advances."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -31,14 +31,14 @@ def limited(clock, hours, seconds_per_batch, **options):
     return trainer
 
 
-def test_it_leaves_room_for_two_more_steps(clock):
+def test_it_reserves_the_time_of_two_steps(clock):
     trainer = limited(clock, hours=100 / 3600, seconds_per_batch=10)
     trainer.run(batches(50))
-    assert trainer.state.iteration == 9  # 10 s are left, 20 are wanted
+    assert trainer.state.iteration == 9  # 10 s are left, and 20 s are needed
     assert trainer.state.stop_reason.startswith("time limit of 0.0277")
 
 
-def test_a_window_is_closed_first(clock):
+def test_the_window_is_completed_first(clock):
     trainer = limited(clock, hours=100 / 3600, seconds_per_batch=10, accumulation_steps=4)
     trainer.run(batches(50))
     assert trainer.state.iteration % 4 == 0
@@ -46,13 +46,13 @@ def test_a_window_is_closed_first(clock):
     assert clock.now < 100
 
 
-def test_with_time_enough_nothing_happens(clock):
+def test_with_enough_time_the_run_is_complete(clock):
     trainer = limited(clock, hours=1, seconds_per_batch=10)
     trainer.run(batches(5))
     assert trainer.state.stop_reason is None
 
 
-def test_the_end_is_saved(clock, tmp_path):
+def test_a_checkpoint_is_saved_at_the_end(clock, tmp_path):
     trainer = limited(clock, hours=100 / 3600, seconds_per_batch=10)
     checkpoints = CheckpointRotation(tmp_path, every=Events.COMPLETED).attach(trainer)
     trainer.run(batches(50))
@@ -60,6 +60,6 @@ def test_the_end_is_saved(clock, tmp_path):
 
 
 @pytest.mark.parametrize("hours", [0, -1, "1", True, None, float("nan")])
-def test_a_limit_that_is_none_is_an_error(hours):
+def test_an_invalid_limit_is_an_error(hours):
     with pytest.raises(ValueError, match="hours must be a positive number, got"):
         TimeLimit(hours)
