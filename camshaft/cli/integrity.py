@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from camshaft.cli.contents import checked
 
 __all__ = ["Integrity", "Verdict", "check_folder", "verdicts"]
 
-ATTEMPTS = 5
-"""The number of looks at a checkpoint that a running job deletes or replaces in the meantime."""
+PAUSES = 10
+"""The number of pauses in which a running job may complete a change of the folder."""
 
 PAUSE = 0.1
-"""The seconds between them."""
+"""The seconds of each."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def check_folder(folder: Path) -> Integrity:
 
 def verdicts(folder: Path) -> Iterator[Verdict]:
     """The verdicts of :func:`check_folder`, one after another."""
+    index = _ListedFiles(folder / INDEX)
     listed: list[str] = []
     try:
-        listed = [entry.file for entry in read_index(folder / INDEX)[1]]
+        listed = index.read()
         yield Verdict(INDEX, good=True, listed=False)
     except FileNotFoundError:
         pass  # every file is unlisted then, which is no damage
@@ -96,30 +98,63 @@ def verdicts(folder: Path) -> Iterator[Verdict]:
     found = {path.name for path in folder.iterdir() if path.suffix == ".pt" or step_of(path.name) is not None}
     is_listed = set(listed)
     for name in [*listed, *sorted(found.difference(listed))]:
-        good, reason = check_one(folder, name, name in is_listed)
+        good, reason = check_one(folder / name, index)
         if good or reason is not None:
             yield Verdict(name, good=good, listed=name in is_listed, reason=reason)
 
 
-def check_one(folder: Path, name: str, is_listed: bool) -> tuple[bool, str | None]:
+def check_one(path: Path, index: _ListedFiles) -> tuple[bool, str | None]:
     """Whether a checkpoint is good, and what is wrong with it.
 
     A running job may delete or replace it in the meantime. Then the folder is looked at again, and there is no reason if the
     checkpoint does not belong to the folder any more.
     """
-    path, reason = folder / name, None
-    for attempt in range(ATTEMPTS):
+    while True:
         before = identity(path)
         reason = problem_of(path)
         if reason is None:
             return True, None
-        if before is not None and identity(path) == before:
+        now = identity(path)
+        if now is not None and now == before:
             return False, reason
-        if not (is_listed and is_in_index(folder, name)) and identity(path) is None:
+        if now is None and not index.lists(path.name):
             return False, None
-        if attempt or before is None:
+        if not index.pause():
+            return False, reason
+
+
+class _ListedFiles:
+    """The names in the index, which is read again if it has changed.
+
+    Args:
+        path: the index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.pauses = path, PAUSES
+        self.names: set[str] = set()
+        self.version: Any = None
+
+    def read(self) -> list[str]:
+        """Reads the index; raises its errors."""
+        self.version = identity(self.path)
+        names = [entry.file for entry in read_index(self.path)[1]]
+        self.names = set(names)
+        return names
+
+    def lists(self, name: str) -> bool:
+        """Whether the index lists a checkpoint now."""
+        if identity(self.path) != self.version:
+            with suppress(CheckpointError, OSError):
+                self.read()
+        return name in self.names
+
+    def pause(self) -> bool:
+        """Waits for a running job to complete a change of the folder; ``False`` if there were enough pauses."""
+        self.pauses -= 1
+        if self.pauses >= 0:
             time.sleep(PAUSE)
-    return False, reason
+        return self.pauses >= 0
 
 
 def identity(path: Path) -> tuple[int, int] | None:
@@ -129,14 +164,6 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def is_in_index(folder: Path, name: str) -> bool:
-    """Whether the index lists a checkpoint now."""
-    try:
-        return any(entry.file == name for entry in read_index(folder / INDEX)[1])
-    except (CheckpointError, OSError):
-        return True
 
 
 def problem_of(path: Path) -> str | None:
