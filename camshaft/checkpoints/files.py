@@ -22,6 +22,7 @@ __all__ = [
     "TEMP_PREFIX",
     "check_name_lengths",
     "checksum",
+    "delete",
     "remove",
     "remove_temporary_files",
     "save_durably",
@@ -192,7 +193,7 @@ def remove_temporary_files(folder: Path) -> None:
     """Removes the temporary files and folders that interrupted saves have left in a folder."""
     for path in folder.glob(f"{TEMP_PREFIX}*.tmp"):
         with suppress(OSError):
-            _delete(path)
+            delete(path)
 
 
 def remove(path: Path) -> None:
@@ -201,10 +202,10 @@ def remove(path: Path) -> None:
         removed = path.parent / temporary_name(path.name, REMOVED)
         os.replace(path, removed)
         path = removed
-    _delete(path)
+    delete(path)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
     """Deletes a file or a folder. Of a symbolic link, only the link is deleted."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -31,8 +31,8 @@ def take_folder(lock: FolderLock, owner: Any) -> None:
         OSError: if the folder cannot be written.
     """
     folder = lock.folder
-    check_name_lengths(folder)
     try:
+        check_name_lengths(folder)
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             sync_folder(folder.parent)
@@ -41,7 +41,8 @@ def take_folder(lock: FolderLock, owner: Any) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        file = next((parent for parent in (folder, *folder.parents) if parent.is_file()), None)
+        is_blocked = isinstance(error, (FileExistsError, NotADirectoryError))
+        file = next((parent for parent in (folder, *folder.parents) if is_blocked and parent.is_file()), None)
         reason = error.strerror or str(error) if file is None else f"{file} is a file, not a folder"
         raise type(error)(error.errno, f"dirname: checkpoints can't be written there ({reason})", str(folder)) from error
     recover(folder)

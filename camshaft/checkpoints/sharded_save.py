@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from camshaft.checkpoints.files import MANIFEST, checksum, save_durably, sync_folder, temporary_name
+from camshaft.checkpoints.files import MANIFEST, checksum, delete, save_durably, sync_folder, temporary_name
 from camshaft.checkpoints.recovery import REPLACED
 from camshaft.checkpoints.sharded_load import first_failure
 from camshaft.distributed.collectives import all_gather_object, cpu_group, is_main_process, on_rank_zero, rank
@@ -86,7 +86,7 @@ def _publish(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, which makes the temporary folder complete, and gives it its name."""
     save_durably(manifest, temporary / MANIFEST)
     sync_folder(path.parent)
-    if not path.exists():
+    if not os.path.lexists(path):
         os.replace(temporary, path)
         return sync_folder(path.parent)
     replaced = path.parent / temporary_name(path.name, REPLACED)
@@ -98,7 +98,8 @@ def _publish(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
             os.replace(replaced, path)
         raise
     sync_folder(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):  # the next owner of the folder tries again
+        delete(replaced)
     return None
 
 

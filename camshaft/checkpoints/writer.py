@@ -6,7 +6,6 @@ import logging
 import shutil
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -149,9 +148,10 @@ class CheckpointWriter:
             self.index.add(entry)
             self._rotate()
         except BaseException as error:
-            if self._thread is threading.current_thread() and error.__traceback__ is not None:
-                traceback.clear_frames(error.__traceback__)  # they refer to the copies of the tensors, as this frame does
-                error = error.with_traceback(error.__traceback__.tb_next)
+            if self._thread is threading.current_thread():
+                if not isinstance(error, OSError):
+                    logger.error("a save in the background has failed", exc_info=True)
+                without_tracebacks(error)  # their frames refer to the copies of the tensors
             self._error = error
         self.longest = max(self.longest, time.monotonic() - started)
 
@@ -214,6 +214,13 @@ def failed(error: Exception, message: str) -> Exception:
     if isinstance(error, OSError):
         return OSError(message) if error.errno is None else OSError(error.errno, message)
     return RuntimeError(message)
+
+
+def without_tracebacks(error: BaseException | None) -> None:
+    """Removes the tracebacks of an exception and of those that led to it."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def size_of(content: Any) -> int:

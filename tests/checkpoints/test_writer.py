@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import weakref
 
 import pytest
 import torch
@@ -92,6 +93,98 @@ def test_a_failure_in_the_background_is_reported_by_the_next_call(tmp_path, monk
     assert writer.write({"x": torch.zeros(1000)}, entry(2)) is not None
     with pytest.warns(RuntimeWarning, match=r"step-00000002.pt could not be written .*about 4,000 bytes.*training continues"):
         assert not writer.wait()
+
+
+ERRORS = [
+    MemoryError("no memory"),
+    RuntimeError("odd"),
+    KeyError("odd"),
+    RecursionError("deep"),
+    OSError("odd"),
+    ValueError("odd"),
+]
+
+
+def fail_with(monkeypatch, error):
+    def fail(content, path):
+        raise error
+
+    monkeypatch.setattr(module, "save_durably", fail)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_every_exception_counts_as_a_failed_save(tmp_path, monkeypatch, background, error):
+    writer = make(tmp_path, background=background)
+    write_and_wait(writer, 1)
+    fail_with(monkeypatch, error)
+    for step in (2, 3):
+        with pytest.warns(RuntimeWarning, match=f"step-0000000{step}.pt could not be written .*{error.args[0]}"):
+            write_and_wait(writer, step)
+    with pytest.raises((OSError, RuntimeError), match=f"{error.args[0]}.*3 saves in a row have failed") as caught:
+        write_and_wait(writer, 4)
+    assert caught.value.__cause__ is error
+    assert [path.name for path in tmp_path.glob("*.pt")] == [file_name(1)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
+def test_a_request_to_stop_is_raised_as_it_is(tmp_path, monkeypatch, background, error):
+    writer = make(tmp_path, background=background)
+    write_and_wait(writer, 1)
+    fail_with(monkeypatch, error)
+    with pytest.raises(type(error)):
+        write_and_wait(writer, 2)
+    monkeypatch.undo()
+    write_and_wait(writer, 3)
+    assert Index(tmp_path).newest_first()[0] == tmp_path / file_name(3)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_the_first_save_that_fails_raises_at_once(tmp_path, monkeypatch, background, error):
+    writer = make(tmp_path, background=background)
+    fail_with(monkeypatch, error)
+    with pytest.raises((OSError, RuntimeError), match=f"{error.args[0]}.*nothing was ever saved in this folder"):
+        write_and_wait(writer, 1)
+
+
+def test_the_first_save_of_a_restart_that_fails_is_a_warning(tmp_path, monkeypatch):
+    write_and_wait(make(tmp_path), 1)
+    writer = make(tmp_path)
+    fail_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.warns(RuntimeWarning, match="the earlier checkpoints are untouched; training continues"):
+        write_and_wait(writer, 2)
+
+
+def test_a_copy_that_does_not_fit_into_memory_is_a_failed_save(tmp_path, monkeypatch):
+    writer = make(tmp_path, background=True)
+    write_and_wait(writer, 1)
+
+    def fail(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(module, "map_tensors", fail)
+    with pytest.warns(RuntimeWarning, match="MemoryError: no memory"):
+        assert writer.write({"x": torch.zeros(1)}, entry(2)) is None
+    monkeypatch.undo()
+    write_and_wait(writer, 3)
+
+
+def test_a_failed_save_in_the_background_keeps_no_copy_of_the_tensors(tmp_path, monkeypatch):
+    writer, copies = make(tmp_path, background=True), []
+    write_and_wait(writer, 1)
+
+    def fail(content, path):
+        copies.append(weakref.ref(content["x"]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_durably", fail)
+    writer.write({"x": torch.zeros(1)}, entry(2))
+    writer._thread.join()
+    assert [copy() for copy in copies] == [None]
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        writer.wait()
 
 
 @pytest.mark.parametrize("background", [False, True])

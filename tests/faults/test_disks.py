@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from faulty import Child, all_good, assert_of_one_step, checkpoints, counting_run, litter, train
 
 from camshaft import Events
+from camshaft.checkpoints import writer
 
 ROOM = 300_000
 """A checkpoint of so many weights takes 1.2 MB."""
@@ -60,6 +62,34 @@ def test_a_disk_on_which_room_is_made_again(small_disk):
     assert_resumes_from(folder, 9, size=ROOM)
 
 
+MODES = pytest.mark.parametrize("options", [{}, {"background": True}, {"sharded": True}], ids=["file", "background", "sharded"])
+
+
+@MODES
+def test_a_disk_that_is_full_from_the_start_ends_the_run_at_once(small_disk, options):
+    folder = small_disk("1m")
+    trainer, _ = counting_run(folder, size=ROOM, **options)
+    with pytest.raises(OSError, match=r"step-00000001.* could not be written \(.*nothing was ever saved in this folder"):
+        train(trainer, 100)
+    assert trainer.state.iteration <= 2  # one behind, in the background
+    assert checkpoints(folder) == []
+    assert litter(folder) == []
+
+
+@MODES
+def test_a_disk_that_is_full_at_a_restart_keeps_what_was_saved(small_disk, options):
+    folder = small_disk("3m")
+    trainer, rotation = counting_run(folder, size=ROOM, keep_last=1, **options)
+    train(trainer, 1)
+    rotation.detach()
+    (folder / "ballast").write_bytes(bytes(1_500_000))
+    trainer, rotation = counting_run(folder, size=ROOM, keep_last=1, **options)
+    last = rotation.resume("auto")
+    with pytest.warns(RuntimeWarning, match="training continues"), pytest.raises(OSError, match="3 saves in a row have failed"):
+        train(trainer, 100)
+    assert rotation.resume("auto") == last
+
+
 def mount_read_only(folder):
     """Puts a read-only view of a folder over it; the file system itself has an open file, and cannot be made read-only."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
@@ -84,6 +114,37 @@ def limit_file_size(report, folder, size):
     at(trainer, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: report(engine.state.iteration))
     train(trainer, 100)
+
+
+def run_out_of_memory(report, folder, step, error):
+    """Trains five steps in the background mode; one save fails with an error that is not the file system's."""
+    save = writer.save_durably
+
+    def fail(content, path):
+        if path.name == f"step-{step:08d}.pt":
+            raise error
+        save(content, path)
+
+    writer.save_durably = fail
+    trainer, _ = counting_run(folder, background=True)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: report(engine.state.iteration))
+    train(trainer, 5)
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("none left")], ids=["MemoryError", "RuntimeError"])
+@pytest.mark.parametrize(
+    ("step", "code", "text"),
+    [
+        (1, 1, "could not be written .*none left.*nothing was ever saved in this folder"),
+        (3, 0, "could not be written .*none left.*training continues"),
+        (5, 0, "could not be written .*none left.*training continues"),
+    ],
+)
+def test_an_error_of_the_thread_that_writes_is_never_lost(tmp_path, step, code, text, error):
+    with Child(run_out_of_memory, tmp_path / "notes", tmp_path / "run", step, error) as child:
+        assert child.join() == code, child.error()
+        assert re.search(text, child.error())
+    assert checkpoints(tmp_path / "run") == {1: [], 3: [4, 5], 5: [3, 4]}[step]
 
 
 def test_files_that_may_not_grow(tmp_path):
