@@ -13,6 +13,7 @@ from torch import nn
 from camshaft.checkpoints.file_load import load_checked
 from camshaft.checkpoints.files import CheckpointError, save_durably
 from camshaft.checkpoints.sharded_load import load_manifest, load_shards
+from camshaft.checkpoints.text import printable
 from camshaft.distributed.collectives import all_gather_object, is_main_process, on_rank_zero
 from camshaft.distributed.dtensors import distribute_like, full_tensor, is_dtensor
 from camshaft.models import ddp_wrapper, load_plain_state_dict, plain_state_dict, strip_wrapper_prefixes, unwrap
@@ -26,9 +27,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     The file replaces an older one atomically, and any ``torch.load(path, weights_only=True)`` reads it.
 
-    Of several processes, call it on every one: of a model in DDP the first alone writes, and nobody waits for it. Where FSDP2
-    has split the weights they are brought together for the first one, and all wait until the file is there. A model that
-    isn't wrapped is each process's own, and is written by whoever calls.
+    With several processes, call it on every rank. For a model in DDP only rank 0 writes, and the others do not wait. If FSDP2
+    has sharded the weights, they are gathered on rank 0, and all ranks wait until the file is complete. A model that is not
+    wrapped belongs to its process, and every process that calls this writes it.
 
     Args:
         model: any module.
@@ -38,7 +39,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        OSError: if it can't be written; under FSDP2 on every process.
+        OSError: if it cannot be written; under FSDP2 on every rank.
 
     Example:
         >>> import tempfile
@@ -49,7 +50,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     state = plain_state_dict(model)
     if any(is_dtensor(value) for value in state.values()):
-        write_together(state, path)
+        save_sharded(state, path)
     elif is_main_process() or ddp_wrapper(model) is None:
         write(state, path)
     return path
@@ -61,33 +62,34 @@ def write(state: Mapping[str, Any], path: Path) -> None:
     save_durably(dict(state), path)
 
 
-def write_together(state: Mapping[str, Any], path: Path) -> None:
-    """Has the first process write tensors of which each holds a part.
+def save_sharded(state: Mapping[str, Any], path: Path) -> None:
+    """Writes sharded tensors on rank 0. Every rank must call it.
 
     Raises:
-        OSError: on every process if the first one can't write.
+        OSError: on every rank if rank 0 cannot write.
     """
     held: dict[str, Any] = {}
     for name, value in state.items():
         value = full_tensor(value)
-        if is_main_process():  # one after the other, so that no device has to hold them all
+        if is_main_process():  # one at a time, so that no device has to hold all of them
             held[name] = value.detach().cpu() if isinstance(value, torch.Tensor) else value
     on_rank_zero(lambda: write(held, path))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads weights into a model, wrapped or not; a trainer's checkpoint will do, too, and gives its first phase's model.
+    """Loads weights into a model, wrapped or not. From a trainer's checkpoint, the model of its first phase is loaded.
 
-    Every process that has the model must call it; each reads the file. Where FSDP2 has split the weights, each keeps its
-    part, and what goes wrong on one is an error on all.
+    Every process that has the model must call it, and reads the file. If FSDP2 has sharded the weights, each rank keeps its
+    part, and an error of one rank is raised on all.
 
     Args:
         model: the module; its parameters stay on their device.
-        path: a file from :func:`save_weights`, ``torch.save(model.state_dict())`` or a checkpoint, be it a file or the
-            folder of a sharded one.
+        path: a file from :func:`save_weights` or ``torch.save(model.state_dict())``, or a checkpoint: a file, or the folder of
+            a sharded one.
 
     Raises:
-        RuntimeError: if the file does not exist, is damaged or holds more than tensors and plain values.
+        CheckpointError: if the file is damaged, or holds more than tensors and plain values.
+        FileNotFoundError: if it does not exist.
         ValueError: if it is of another model; the text names the keys that differ.
 
     Example:
@@ -102,6 +104,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         saved = strip_wrapper_prefixes(read(Path(path), own), own)
         check_same_keys(saved, own, f"this {type(unwrap(model)).__name__}", str(path))
+        check_kinds(path, saved, own)
     except (OSError, RuntimeError, ValueError) as failure:
         error = failure
     for number, problem in enumerate(all_gather_object(None if error is None else str(error)) if is_shared else ()):
@@ -112,8 +115,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     load_plain_state_dict(model, {name: distribute_like(value, own[name]) for name, value in saved.items()})
 
 
+def check_kinds(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ``CheckpointError`` if an entry is not a tensor although the model has one there, or one of another layout."""
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor) and getattr(saved[name], "layout", None) != value.layout:
+            raise CheckpointError(f"{path}: {name} must be a {value.layout} tensor, got a {type(saved[name]).__name__}")
+
+
 def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a file or of a checkpoint's first phase; of a folder those that are split are read as ``own`` has them.
+    """The tensors of a file, or of the first phase of a checkpoint; of a folder, tensors are sharded as in ``own``.
 
     Raises:
         CheckpointError: if there are none.
@@ -122,13 +132,16 @@ def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         return read_folder(path, own)
     content = load_checked(path, sealed=False)
     if isinstance(content, dict) and "phases" in content:
-        content = next(iter(content["phases"].values()))["module"]
+        content = first_phase(path, content)[1]["module"]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
+    strange = next((name for name in content if not isinstance(name, str) or not name.isprintable()), None)
+    if strange is not None:
+        raise CheckpointError(f"{path} has an entry {printable(repr(strange), 100)}, which is no name of a parameter")
     below = next((name for name, part in content.items() if are_weights(part, own)), None)
     if below is not None and not are_weights(content, own):
         raise CheckpointError(
-            f"{path} holds more than a model's weights, which seem to lie under {below!r}; load them by "
+            f"{path} holds more than a model's weights, which seem to be under {below!r}; load them by "
             f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True)[{below!r}])"
         )
     if any(is_dtensor(value) and not is_dtensor(own.get(name)) for name, value in content.items()):
@@ -138,8 +151,21 @@ def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
+def first_phase(path: Path, content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The name and the state of the first phase of a checkpoint.
+
+    Raises:
+        CheckpointError: if it has none with a model.
+    """
+    phases = content.get("phases")
+    found = next(iter(phases.items()), None) if isinstance(phases, dict) else None
+    if found is None or not isinstance(found[1], dict) or not isinstance(found[1].get("module"), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of a trainer: its first phase has no model")
+    return found
+
+
 def are_weights(value: Any, own: Mapping[str, Any]) -> bool:
-    """Whether a value is a state dict that knows some of a model's names."""
+    """Whether a value is a state dict with some of a model's names."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
     return not own.keys().isdisjoint(strip_wrapper_prefixes(value, own))
@@ -148,9 +174,11 @@ def are_weights(value: Any, own: Mapping[str, Any]) -> bool:
 def read_folder(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of the first phase of a sharded checkpoint."""
     manifest = load_manifest(path)
-    name, phase = next(iter(manifest["phases"].items()))
+    name, phase = first_phase(path, manifest)
     wanted = {"phases": {name: {"module": phase["module"]}}, "handlers": {}}
     start = f"/phases/{name}/module/"
-    content = load_shards(path, wanted, lambda place: own.get(place.removeprefix(start)), together=False)
+    content = load_shards(path, wanted, lambda tensor: own.get(tensor.removeprefix(start)), together=False)
     found: dict[str, Any] = content["phases"][name]["module"]
+    if not all(isinstance(key, str) and key.isprintable() for key in found):
+        raise CheckpointError(f"{path} has an entry which is no name of a parameter")
     return found

@@ -12,6 +12,7 @@ from camshaft import (
     load_weights,
     save_weights,
 )
+from camshaft.checkpoints.files import CheckpointError
 
 
 def other_model():
@@ -140,6 +141,17 @@ def test_weights_nested_in_a_larger_dict_raise_and_show_how_to_load_them(tmp_pat
     model = linear()
     content = {"epoch": 3, "optimizer": sgd(model).state_dict(), "model": nn.DataParallel(model).state_dict()}
     torch.save(content, tmp_path / "epoch3.pt")
-    match = r"epoch3\.pt holds more .* lie under 'model'; load them by model\.load_state_dict\(torch\.load\('.*\)\['model'\]\)"
+    match = r"epoch3\.pt holds more .* be under 'model'; load them by model\.load_state_dict\(torch\.load\('.*\)\['model'\]\)"
     with pytest.raises(RuntimeError, match=match):
         load_weights(model, tmp_path / "epoch3.pt")
+
+
+@pytest.mark.parametrize("value", ["text", 3, None, [1.0], torch.eye(3).to_sparse()])
+def test_an_entry_that_is_no_dense_tensor_raises_and_changes_nothing(value, tmp_path):
+    model = linear()
+    before = weights(model)
+    content = dict(model.state_dict())
+    torch.save({name: tensor + 1 for name, tensor in content.items()} | {"bias": value}, tmp_path / "weights.pt")
+    with pytest.raises((CheckpointError, ValueError), match=r"weights\.pt"):
+        load_weights(model, tmp_path / "weights.pt")
+    assert same(weights(model), before)
