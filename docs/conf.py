@@ -1,4 +1,4 @@
-"""How the guide is built: `make docs`, into docs/_build/html."""
+"""Configuration of the guide: `make docs` builds it into docs/_build/html."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ import camshaft
 project = "camshaft"
 author = "The camshaft developers"
 version = release = camshaft.__version__
-copyright = author  # Sphinx's own name for the line at the foot
+copyright = author  # Sphinx prints it at the foot of each page
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
@@ -24,7 +24,7 @@ html_show_sphinx = False
 html_static_path = ["_static"]
 html_css_files = ["guide.css"]
 
-myst_heading_anchors = 3  # links to headings are the same here and on a forge that renders the Markdown itself
+myst_heading_anchors = 3  # the same anchors as on GitHub
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -35,7 +35,7 @@ python_use_unqualified_type_names = True
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-# What types in signatures name: others' classes, and ours that are not public. A name in a text that leads nowhere is an error.
+# Classes in signatures that have no entry: those of other packages and our private ones. Any other unknown name is an error.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|ignite|collections|contextlib|os|pathlib|nn|array)(\..*)?"),
     (r"py:class", r"camshaft(\.[a-z]\w*)+\.\w+"),
@@ -46,7 +46,7 @@ nitpick_ignore = [("py:class", name) for name in sorted(classes - set(camshaft._
 
 
 def describe_every_handler(app, page, source):
-    """Puts an entry for each class of camshaft.handlers, with the members that users call, in place of a marker."""
+    """Replaces a marker by an entry for each class in camshaft.handlers, with the members that users call."""
     entries = []
     for name in camshaft.handlers.__all__:
         cls = getattr(camshaft.handlers, name)
@@ -68,13 +68,13 @@ def members_for_users(cls):
 
 
 def link_out_of_the_guide(app, page, source):
-    """A Markdown file of the repository that is no page of the guide is handed out as a file."""
+    """Links to Markdown files outside the guide become downloads."""
     out = "../" * (page.count("/") + 1)
     source[0] = re.sub(rf"\]\(({re.escape(out)}\w[^)#]*\.md)\)", r"](path:\1)", source[0])
 
 
 def leave_out_what_is_to_come(app, page, source):
-    """The contents may name pages that aren't written yet; a page that they don't name is a warning."""
+    """Removes pages that do not exist from the contents. A page that is missing from the contents is a warning."""
     if page == "index":
         lines = source[0].splitlines()
         there = [not re.match(r"guide/\w+$", line) or Path(app.srcdir, f"{line}.md").exists() for line in lines]
@@ -82,7 +82,7 @@ def leave_out_what_is_to_come(app, page, source):
 
 
 def take_sentences_for_sentences(app, what, name, thing, options, lines):
-    """Napoleon reads `kind: text` in the docstring of an attribute; ours are sentences, and may have a colon."""
+    """Napoleon parses `type: text` in the docstring of an attribute. Our docstrings are sentences that may contain a colon."""
     if what in ("attribute", "data", "property"):
         lines[:0] = ["..", ""]
 
@@ -91,4 +91,4 @@ def setup(app):
     app.connect("source-read", describe_every_handler)
     app.connect("source-read", link_out_of_the_guide)
     app.connect("source-read", leave_out_what_is_to_come)
-    app.connect("autodoc-process-docstring", take_sentences_for_sentences, priority=400)  # before Napoleon
+    app.connect("autodoc-process-docstring", take_sentences_for_sentences, priority=400)  # runs before Napoleon

@@ -1,4 +1,4 @@
-"""Photographs TensorBoard: `python docs/screenshot.py runs docs/images/tensorboard.png`; needs chromium on the PATH.
+"""Takes a screenshot of TensorBoard: `python docs/screenshot.py runs docs/images/tensorboard.png`; needs chromium on the PATH.
 
 The picture in the README shows two runs of examples/mnist.py, with --lr 0.005 and with --lr 0.02.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def started(logdir, log):
-    """TensorBoard over a folder of runs, on a free port of this machine, and its address."""
+    """Runs TensorBoard for a folder of runs on a free local port; yields its address."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output)
@@ -27,12 +27,12 @@ def started(logdir, log):
     sys.exit(f"TensorBoard didn't start:\n{log.read_text()}")
 
 
-def photograph(address, picture, size):
-    """The page as a browser draws it, when it has come to rest."""
+def take_screenshot(address, picture, size):
+    """Saves the page as rendered by a browser, after it has finished loading."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or sys.exit("chromium isn't on the PATH")
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless=new", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        options += ["--disable-3d-apis"]  # the curves are then drawn in a way that a picture can hold
+        options += ["--disable-3d-apis"]  # otherwise the screenshot has no curves
         options += [f"--window-size={size}", "--force-device-scale-factor=1.5", "--virtual-time-budget=30000"]
         command = [browser, *options, f"--screenshot={picture.resolve()}", address]
         subprocess.run(command, check=True, timeout=180, stderr=subprocess.DEVNULL)
@@ -48,8 +48,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         server, address = started(args.logdir, Path(folder) / "log.txt")
         try:
-            time.sleep(5)  # it reads the runs behind its page
-            photograph(f"{address}#{args.page}", args.picture, args.size)
+            time.sleep(5)  # TensorBoard loads the runs in the background
+            take_screenshot(f"{address}#{args.page}", args.picture, args.size)
         finally:
             server.terminate()
             server.wait()

@@ -65,7 +65,7 @@ def read_idx(path: str | Path, dimensions: int) -> torch.Tensor:
     sizes as big-endian 32-bit integers, then the values, the last dimension running fastest.
 
     Raises:
-        ValueError: where the file is anything else, or too short, or too long.
+        ValueError: if the file has another format, is too short or too long.
     """
     content = Path(path).read_bytes()
     if content[:2] == b"\x1f\x8b":

@@ -1,4 +1,4 @@
-"""The guide builds without a warning, names all that is public, and no link in it is dead."""
+"""The guide builds without a warning, documents every public name, and has no dead link."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Builds as `make docs` does; the folder of the site and what the build has said."""
+    """Builds the guide as `make docs` does; returns its folder and the result of the build."""
     folder = tmp_path_factory.mktemp("site")
     options = ["-q", "-W", "--keep-going", "-n", "-b", "html"]
     command = [sys.executable, "-m", "sphinx", *options, ROOT / "docs", folder]
@@ -25,7 +25,7 @@ def site(tmp_path_factory):
 
 
 class Anchors(HTMLParser):
-    """The ids and the links of a page."""
+    """Collects the ids and the links of a page."""
 
     def __init__(self, page):
         super().__init__()
@@ -41,7 +41,7 @@ class Anchors(HTMLParser):
 
 
 def dead_links(folder):
-    """Every (page, link) that leads to a file or an anchor which isn't there; links to other sites are passed over."""
+    """Every (page, link) whose file or anchor does not exist; links to other sites are ignored."""
     pages = {page: Anchors(page) for page in folder.rglob("*.html")}
     for page, found in pages.items():
         for link in found.links:

@@ -1,4 +1,4 @@
-"""What the README and the guide say is so: their code runs, their links lead somewhere, their cycle is the real one."""
+"""The README and the guide are correct: their code runs, their links work, and their cycle is the real one."""
 
 import doctest
 import importlib.util
@@ -15,21 +15,21 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PAGES = [page for page in PAGES if not page.startswith("docs/_build/")]
 PRINTED = {"README.md": r"noise added [1-9]\d* times\n"}
-"""What the code of a page prints, where no ```output block of the page shows it."""
+"""What the code of a page prints, if no ```output block of the page shows it."""
 
 FENCE = re.compile(r"^(`{3,})([^`\n]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
-"""A block of any kind, Sphinx's directives included."""
+"""A block of any kind, including Sphinx's directives."""
 
 
 def blocks(page, kind):
-    """The blocks of a page whose first line matches, as (line of the page at which it begins, text)."""
+    """The blocks of a page whose first line matches, as (line number in the page, text)."""
     text = (ROOT / page).read_text()
     found = FENCE.finditer(text)
     return [(text.count("\n", 0, match.start(3)), match[3]) for match in found if re.fullmatch(kind, match[2])]
 
 
 def run(code, tmp_path, *options):
-    """Runs blocks as one script, in which an error names the line of the page."""
+    """Runs blocks as one script. Errors name the line of the page."""
     lines = []
     for line, block in code:
         lines += [""] * (line - len(lines)) + block.splitlines()
@@ -49,15 +49,15 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
 
 
 def peers(page):
-    """The kinds of blocks on a page that run only where another package is installed."""
+    """The kinds of blocks on a page that run only if another package is installed."""
     return sorted(set(re.findall(r"^```(python requires=\w+)$", (ROOT / page).read_text(), re.MULTILINE)))
 
 
 @pytest.mark.parametrize(("page", "kind"), [(page, kind) for page in PAGES for kind in peers(page)])
-def test_the_code_for_another_package_runs_where_that_is_installed(page, kind, tmp_path):
+def test_the_code_for_another_package_runs_if_it_is_installed(page, kind, tmp_path):
     package = kind.partition("=")[2]
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} isn't installed")
+        pytest.skip(f"{package} is not installed")
     done = run(blocks(page, f"python|{kind}"), tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -71,7 +71,7 @@ def links(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_links_of_a_page_lead_somewhere(page):
+def test_the_links_of_a_page_have_a_target(page):
     assert [link for link in links(page) if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
@@ -82,7 +82,7 @@ def test_the_guide_shows_every_event_in_the_order_in_which_it_fires():
 
 
 def texts(picture):
-    """The texts of an SVG that matplotlib has drawn, line by line."""
+    """The texts of an SVG that was drawn by matplotlib, line by line."""
     return re.findall(r"<!-- (.+?) -->", picture.read_text())
 
 
@@ -91,7 +91,7 @@ def test_the_picture_of_the_cycle_shows_every_event_in_the_order_in_which_it_fir
     assert shown == [event.name for event in StepEvents]
 
 
-def test_the_picture_of_the_cycle_is_the_one_that_its_script_draws(tmp_path):
+def test_the_picture_of_the_cycle_equals_the_output_of_its_script(tmp_path):
     subprocess.run([sys.executable, ROOT / "docs/draw_cycle.py", "--out", tmp_path / "cycle.svg"], check=True, timeout=120)
     assert texts(tmp_path / "cycle.svg") == texts(ROOT / "docs/images/cycle.svg")
 

@@ -1,4 +1,4 @@
-"""Every example runs as a user runs it: in a process of its own, in an empty folder, with warnings as errors."""
+"""Every example runs as a user runs it: in a separate process, in an empty folder, with warnings as errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ HELPERS = {"digits"}
 """Modules that the scripts import; they have tests of their own."""
 
 STRICT = ["-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning"]
-"""Warnings are errors, but for those that torch and Ignite raise between themselves when they are imported."""
+"""Warnings are errors, except those that torch and Ignite raise when they are imported."""
 
 
 def run(script, folder, *arguments):
@@ -29,7 +29,7 @@ def run(script, folder, *arguments):
 
 
 def curves(folder):
-    """What TensorBoard's own reader finds in a folder: tag -> the steps of its points."""
+    """The curves that TensorBoard's own reader finds in a folder: tag -> the steps of its points."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     reader.Reload()
     tags = reader.Tags()
@@ -48,7 +48,7 @@ def is_png(path):
 
 
 def checkpoints_in(folder):
-    """The files that the index names, which must be those that are there."""
+    """The files in the index, which must be exactly those in the folder."""
     named = [entry["file"] for entry in json.loads((folder / "checkpoints.json").read_text())["checkpoints"]]
     assert sorted(named) == sorted(path.name for path in folder.glob("*.pt"))
     return sorted(named)
@@ -76,7 +76,7 @@ def test_mnist_resumes(tmp_path):
     assert not (tmp_path / "runs/mnist-2").exists()
 
 
-def test_a_second_run_of_mnist_has_a_folder_of_its_own(tmp_path):
+def test_a_second_run_of_mnist_gets_another_folder(tmp_path):
     (tmp_path / "runs/mnist").mkdir(parents=True)
     run("mnist", tmp_path, "--quick", "--epochs", "1")
     assert curves(tmp_path / "runs/mnist-2")["val/accuracy"] == [5]
@@ -84,7 +84,7 @@ def test_a_second_run_of_mnist_has_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_mnist_reads_the_digits(tmp_path):
+def test_mnist_reaches_its_accuracy(tmp_path):
     accuracy = re.search(r"^test accuracy ([\d.]+)%", run("mnist", tmp_path), re.MULTILINE)
     assert float(accuracy[1]) >= 97
 
@@ -113,8 +113,8 @@ def test_resume_after_kill(tmp_path):
     printed = run("resume_after_kill", tmp_path, "--quick")
     assert "kill -9" in printed
     assert "resuming from step-" in printed
-    whole, resumed = re.findall(r"weights (\w{8})$", printed, re.MULTILINE)
-    assert whole == resumed
+    uninterrupted, resumed = re.findall(r"weights (\w{8})$", printed, re.MULTILINE)
+    assert uninterrupted == resumed
     assert printed.endswith("both runs are equal, bit for bit\n")
 
 
@@ -132,8 +132,8 @@ def test_finetune_frozen(tmp_path):
     assert percent("before:", printed)[0] < 40 < accuracies[-1]
     points = curves(folder)
     assert points["train/lr/encoder"] == points["train/lr/head"] == list(range(1, 31))
-    encoder, whole = (torch.load(folder / name, weights_only=True) for name in ("encoder.pt", "finetuned.pt"))
-    assert {name for name, tensor in encoder.items() if torch.equal(tensor, whole[f"encoder.{name}"])} == set()
+    encoder, finetuned = (torch.load(folder / name, weights_only=True) for name in ("encoder.pt", "finetuned.pt"))
+    assert {name for name, tensor in encoder.items() if torch.equal(tensor, finetuned[f"encoder.{name}"])} == set()
 
 
 def test_token_weighted_lm(tmp_path):
@@ -141,7 +141,7 @@ def test_token_weighted_lm(tmp_path):
     off = dict(re.findall(r"^(.+?) +off the big batch by (.+)$", printed, re.MULTILINE))
     assert float(off["weighted by characters"]) < 1e-12 < 1e-4 < float(off["each batch the same"])
     bits = [float(found) for found in re.findall(r"([\d.]+) bits a character", printed)]
-    assert 7 > bits[0] > bits[1] > bits[2] > 1  # seven bits: to know nothing
+    assert 7 > bits[0] > bits[1] > bits[2] > 1  # seven bits: an untrained model
     points = curves(tmp_path / "runs/token_weighted_lm")
     assert points["val/loss"] == [10, 20, 30]
     assert points["train/loss"] == points["train/grad_norm"] == [10, 20, 30]
