@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["CYCLE", "ENDED", "finished", "layout"]
+__all__ = ["CYCLE", "ENDED", "chart_title", "finished", "layout"]
 
 CYCLE = "cycle"
 """The tag of the text that shows the cycle, written when a run starts."""
@@ -18,12 +18,24 @@ GRADIENT_NORM = "train/grad_norm$"
 NUMBER = re.compile("(/[0-9]+)?$")
 
 
+def chart_title(metric: str) -> str:
+    """The title of the chart that shows a metric: the last part of its name; ``"loss"`` for every loss.
+
+    The number of an entry of a vector does not count.
+
+    Example:
+        >>> [chart_title(name) for name in ("val/accuracy", "test/accuracy", "val/f1/0", "train/d_loss")]
+        ['accuracy', 'accuracy', 'f1', 'loss']
+    """
+    name = NUMBER.sub("", metric).rsplit("/", 1)[-1]
+    return "loss" if name.endswith("loss") else name
+
+
 def layout(metrics: Iterable[str], *, gradient_norm: bool) -> dict[str, dict[str, list[object]]]:
     """The layout of the page "Custom Scalars": the charts, and the curves that share one.
 
     Args:
-        metrics: the names of the metrics' curves, such as ``val/accuracy``. Names with the same
-            last part share a chart; the number of an entry of a vector does not count.
+        metrics: the names of the metrics' curves, such as ``val/accuracy``; :func:`chart_title` says which share a chart.
         gradient_norm: whether the run measures the gradient norm.
 
     Returns:
@@ -36,9 +48,9 @@ def layout(metrics: Iterable[str], *, gradient_norm: bool) -> dict[str, dict[str
         >>> page["overview"]["accuracy"]
         ['Multiline', ['(.*/)?accuracy(/[0-9]+)?$']]
     """
-    names = dict.fromkeys(NUMBER.sub("", metric).rsplit("/", 1)[-1] for metric in metrics)
+    titles = dict.fromkeys(map(chart_title, metrics))
     charts = {"loss": LOSS}
-    charts |= {name: f"(.*/)?{re.escape(name)}{NUMBER.pattern}" for name in names if not name.endswith("loss")}
+    charts |= {title: f"(.*/)?{re.escape(title)}{NUMBER.pattern}" for title in titles if title != "loss"}
     charts["learning rate"] = LEARNING_RATE
     if gradient_norm:
         charts["gradient norm"] = GRADIENT_NORM

@@ -8,6 +8,7 @@ from typing import Any
 from camshaft.checkpoints.text import printable
 from camshaft.cli.curves import Curves
 from camshaft.cli.run import Run
+from camshaft.tensorboard_tags import chart_title
 
 __all__ = ["draw_run", "panels"]
 
@@ -16,10 +17,7 @@ MOST_PANELS = 40
 
 
 def panels(run: Run) -> dict[str, Curves]:
-    """The curves that share a panel, by its title.
-
-    All losses share one; so do metrics with the same last part of their name (``val/accuracy`` and ``test/accuracy``), and
-    the learning rates, which come last.
+    """The curves that share a panel, by its title: as in TensorBoard, with the learning rates last.
 
     Example:
         >>> curves = {"train/loss": [], "val/loss": [], "val/accuracy": []}
@@ -28,8 +26,7 @@ def panels(run: Run) -> dict[str, Curves]:
     """
     found: dict[str, dict[str, Any]] = {"loss": {}}
     for name, curve in run.metrics.items():
-        leaf = name.rsplit("/", 1)[-1]
-        found.setdefault("loss" if leaf.endswith("loss") else leaf, {})[name] = curve
+        found.setdefault(chart_title(name), {})[name] = curve
     found["learning rate"] = dict(run.learning_rates)
     return {title: curves for title, curves in found.items() if curves}
 
