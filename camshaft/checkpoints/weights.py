@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         saved = strip_wrapper_prefixes(read(Path(path), own), own)
         check_same_keys(saved, own, f"this {type(unwrap(model)).__name__}", str(path))
-        check_kinds(path, saved, own)
+        check_kinds(Path(path), saved, own)
     except (OSError, RuntimeError, ValueError) as failure:
         error = failure
     for number, problem in enumerate(all_gather_object(None if error is None else str(error)) if is_shared else ()):

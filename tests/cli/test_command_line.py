@@ -106,7 +106,7 @@ def test_a_checkpoint_has_its_step_epoch_and_score(run):
     assert row(typed("show", run).output, "step-00000006.pt")[:5] == ["step-00000006.pt", "6", "2", "6", "0.75"]
 
 
-def test_a_checkpoint_that_is_gone_is_said_to_be(run):
+def test_a_missing_checkpoint_is_reported(run):
     (run / "checkpoints" / "step-00000006.pt").unlink()
     assert row(typed("show", run).output, "step-00000006.pt")[-1] == "does not exist"
 

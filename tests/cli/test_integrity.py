@@ -1,4 +1,4 @@
-"""Every damage is found, and nothing else is called one."""
+"""All damage is found, and nothing else is reported."""
 
 import json
 import shutil
@@ -46,17 +46,17 @@ def test_an_empty_file_is_bad(folder):
     assert list(bad(folder)) == ["step-00000009.pt"]
 
 
-def test_a_listed_file_that_is_gone_is_bad(folder):
+def test_a_listed_file_that_is_missing_is_bad(folder):
     (folder / "step-00000006.pt").unlink()
     assert bad(folder) == {"step-00000006.pt": "does not exist"}
 
 
-def test_a_file_without_its_seal_is_bad(folder):
+def test_a_file_without_its_checksum_is_bad(folder):
     torch.save({"phases": {}}, folder / "step-00000006.pt")
     assert bad(folder) == {"step-00000006.pt": "is damaged or no checkpoint: it doesn't end with its checksum"}
 
 
-def test_a_whole_file_that_holds_something_else_is_bad(folder):
+def test_an_undamaged_file_that_holds_something_else_is_bad(folder):
     save_durably({"weights": torch.ones(1)}, folder / "step-00000006.pt")
     assert bad(folder) == {"step-00000006.pt": "is not a checkpoint of a trainer"}
 
@@ -96,13 +96,13 @@ def test_a_copy_is_good_and_unlisted(folder):
     assert (verdict.file, verdict.good, verdict.listed) == ("mine.pt", True, False)
 
 
-def test_weights_that_lie_beside_are_good_and_unlisted(folder):
+def test_weights_next_to_checkpoints_are_good_and_unlisted(folder):
     torch.save({"weight": torch.ones(2)}, folder / "weights.pt")
     verdict = check_folder(folder).files[-1]
     assert (verdict.file, verdict.good, verdict.listed) == ("weights.pt", True, False)
 
 
-def test_what_a_killed_save_has_left_is_named_and_is_not_bad(folder):
+def test_temporary_files_of_a_killed_save_are_named_and_are_not_bad(folder):
     (folder / ".camshaft-abc.tmp").write_bytes(b"half")
     found = check_folder(folder)
     assert (found.leftovers, found.bad) == ((".camshaft-abc.tmp",), [])

@@ -153,7 +153,7 @@ def test_without_event_files_the_reason_of_a_failed_run_is_not_known(tmp_path):
 
 
 def resumed(folder):
-    """A trainer that goes on where an earlier one in the folder has ended."""
+    """A trainer that resumes from the last checkpoint in the folder."""
     trainer = trainer_of()
     board = TensorBoard(folder, every=1).attach(trainer)
     CheckpointRotation(folder / "checkpoints").attach(trainer).resume()
@@ -166,7 +166,7 @@ def test_a_resumed_run_has_an_end_of_its_own(tmp_path):
     assert read_run(tmp_path).ending.reason == "finished after 4 epochs"
 
 
-def test_the_end_of_an_earlier_run_is_not_that_of_one_that_still_goes_on(tmp_path):
+def test_the_end_of_an_earlier_run_is_not_that_of_one_that_still_runs(tmp_path):
     resumed(tmp_path)[0].run(batches(3), max_epochs=2)
     trainer, board = resumed(tmp_path)
     seen = []
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_read(damage, tmp_pa
     assert re.search("step-00000009.pt is damaged", run.warnings[0])
 
 
-def test_where_every_checkpoint_is_damaged_there_is_no_end_to_tell(tmp_path):
+def test_if_every_checkpoint_is_damaged_the_end_is_not_known(tmp_path):
     rotation = train(tmp_path, board=False)
     flip(rotation.last)
     flip(rotation.best)

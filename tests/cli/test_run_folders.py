@@ -14,7 +14,7 @@ def test_a_runs_folder_has_event_files_and_checkpoints(tmp_path):
     assert (found.checkpoints, found.events) == (tmp_path / "checkpoints", tmp_path)
 
 
-def test_a_folder_of_checkpoints_belongs_to_the_event_files_beside_it(tmp_path):
+def test_a_folder_of_checkpoints_belongs_to_the_event_files_next_to_it(tmp_path):
     train(tmp_path, 1)
     found = find_folders(tmp_path / "checkpoints")
     assert (found.checkpoints, found.events) == (tmp_path / "checkpoints", tmp_path)
@@ -81,7 +81,7 @@ def test_a_folder_of_other_files_is_no_run(tmp_path):
         find_folders(tmp_path)
 
 
-def test_a_path_that_is_not_there_is_said_to_be_missing(tmp_path):
+def test_a_path_that_does_not_exist_is_reported(tmp_path):
     with pytest.raises(NoRun, match="misspelt does not exist; give a run's folder such as runs/mnist"):
         find_folders(tmp_path / "misspelt")
 

@@ -1,4 +1,4 @@
-"""A damaged file is never loaded, and never passed over in silence."""
+"""A damaged file is never loaded, and never passed over silently."""
 
 import random
 import shutil
@@ -63,17 +63,17 @@ def assert_falls_back(folder, reason, error=CheckpointError):
 
 @pytest.mark.parametrize("part", range(4))
 def test_no_flipped_bit_loads(folder, part):
-    whole = (folder / NEWEST).read_bytes()
-    for bit in some_bits(whole)[part::4]:
-        (folder / NEWEST).write_bytes(flipped(whole, bit))
+    complete = (folder / NEWEST).read_bytes()
+    for bit in some_bits(complete)[part::4]:
+        (folder / NEWEST).write_bytes(flipped(complete, bit))
         assert_falls_back(folder, "damaged|read")
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_no_truncated_file_loads(folder, part):
-    whole = (folder / NEWEST).read_bytes()
+    complete = (folder / NEWEST).read_bytes()
     for percent in range(part, 100, 4):
-        (folder / NEWEST).write_bytes(whole[: len(whole) * percent // 100])
+        (folder / NEWEST).write_bytes(complete[: len(complete) * percent // 100])
         assert_falls_back(folder, "damaged")
 
 
@@ -85,15 +85,15 @@ def test_no_file_without_its_last_bytes_loads(trained, tmp_path, cut):
 
 
 OTHER = {
-    "empty": lambda whole: b"",
-    "zeros": lambda whole: bytes(len(whole)),
-    "zeros at the end": lambda whole: whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
-    "a page of zeros": lambda whole: whole[:4096] + bytes(512) + whole[4608:],
-    "text": lambda whole: b"this is no checkpoint\n" * 50,
-    "more behind it": lambda whole: whole + b"more",
-    "more before it": lambda whole: b"more" + whole,
-    "two halves of two files": lambda whole: whole[: len(whole) // 2] + whole[: len(whole) // 2],
-    "twice": lambda whole: whole + whole,
+    "empty": lambda complete: b"",
+    "zeros": lambda complete: bytes(len(complete)),
+    "zeros at the end": lambda complete: complete[: len(complete) // 2] + bytes(len(complete) - len(complete) // 2),
+    "a page of zeros": lambda complete: complete[:4096] + bytes(512) + complete[4608:],
+    "text": lambda complete: b"this is no checkpoint\n" * 50,
+    "more at the end": lambda complete: complete + b"more",
+    "more at the beginning": lambda complete: b"more" + complete,
+    "two halves of two files": lambda complete: complete[: len(complete) // 2] + complete[: len(complete) // 2],
+    "twice": lambda complete: complete + complete,
 }
 
 
@@ -103,7 +103,7 @@ def test_no_file_of_another_kind_loads(folder, name):
     assert_falls_back(folder, "damaged")
 
 
-def test_a_file_without_a_seal_does_not_load(folder):
+def test_a_file_without_a_checksum_does_not_load(folder):
     torch.save(load_checked(folder / NEWEST), folder / NEWEST)
     assert_falls_back(folder, "doesn't end with its checksum")
 
@@ -113,13 +113,13 @@ def test_a_missing_file_is_named(folder):
     assert_falls_back(folder, "does not exist", FileNotFoundError)
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(folder):
+def test_a_folder_instead_of_a_file_is_named(folder):
     (folder / NEWEST).unlink()
     (folder / NEWEST).mkdir()
     assert_falls_back(folder, "is not a file")
 
 
-def test_a_whole_file_of_something_else_is_named(folder):
+def test_an_undamaged_file_of_something_else_is_named(folder):
     save_durably({"weights": torch.zeros(3)}, folder / NEWEST)
     assert_falls_back(folder, "is not a checkpoint")
 
@@ -142,7 +142,7 @@ def test_all_files_bad_is_an_error_without_an_index_too(folder, index):
 
 
 @pytest.mark.parametrize("index", ["kept", "lost"])
-def test_a_folder_that_was_cleared_by_hand_starts_afresh(folder, index):
+def test_a_folder_that_was_cleared_by_hand_starts_a_new_run(folder, index):
     for path in folder.glob("step-*.pt"):
         path.unlink()
     if index == "lost":
@@ -163,14 +163,14 @@ def test_the_best_never_falls_back(folder, harm):
     assert trainer.state.iteration == 0
 
 
-def test_a_bad_older_file_disturbs_nobody(folder):
+def test_a_bad_older_file_is_ignored(folder):
     damage(folder / "step-00000001.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert scored_run(folder)[1].resume("auto") == folder / NEWEST
 
 
-def test_training_goes_on_over_a_damaged_file(folder):
+def test_training_continues_over_a_damaged_file(folder):
     damage(folder / NEWEST)
     trainer, rotation = counting_run(folder, keep_last=3)
     with pytest.warns(RuntimeWarning, match="passed over"):
@@ -185,7 +185,7 @@ def test_training_goes_on_over_a_damaged_file(folder):
 
 
 def assert_is_found(folder):
-    """The newest and the best are what they were."""
+    """The newest and the best checkpoint are the same as before."""
     trainer, rotation = scored_run(folder)
     assert rotation.best == folder / "step-00000002.pt"
     assert rotation.last == rotation.resume("auto") == folder / NEWEST
@@ -194,9 +194,9 @@ def assert_is_found(folder):
 
 def test_no_flipped_bit_in_the_index_is_believed(folder):
     index = folder / "checkpoints.json"
-    whole = index.read_bytes()
-    for bit in some_bits(whole, 60):
-        index.write_bytes(flipped(whole, bit))
+    complete = index.read_bytes()
+    for bit in some_bits(complete, 60):
+        index.write_bytes(flipped(complete, bit))
         assert_is_found(folder)
 
 
@@ -211,13 +211,13 @@ INDICES = {
 
 
 @pytest.mark.parametrize("name", INDICES)
-def test_a_damaged_index_is_made_anew(folder, name, caplog):
+def test_a_damaged_index_is_rebuilt(folder, name, caplog):
     (folder / "checkpoints.json").write_bytes(INDICES[name])
     assert_is_found(folder)
     assert "checkpoints.json is damaged" in caplog.text
 
 
-def test_a_deleted_index_is_made_anew(folder):
+def test_a_deleted_index_is_rebuilt(folder):
     (folder / "checkpoints.json").unlink()
     assert_is_found(folder)
 
@@ -251,7 +251,7 @@ def test_a_copy_under_another_name_is_left_alone(folder):
     assert sorted(path.name for path in folder.glob("*.pt")) == ["step-00000000.pt", "step-00000005.pt"]
 
 
-def test_a_file_of_another_folder_is_left_alone_though_the_index_is_lost(folder, tmp_path):
+def test_a_file_of_another_folder_is_left_alone_if_the_index_is_lost(folder, tmp_path):
     train(counting_run(tmp_path / "other")[0], 7)
     shutil.copy(tmp_path / "other" / "step-00000007.pt", folder)
     train_on(folder, NEWEST, 4)

@@ -1,4 +1,4 @@
-"""A checkpoint that holds code runs none of it, wherever it is hidden."""
+"""A checkpoint that holds code runs none of it, wherever it is."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ from camshaft.checkpoints.files import CheckpointError, save_durably
 
 
 class Evil:
-    """Runs a command when it is unpickled by someone who trusts it."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -21,17 +21,17 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def places(value, path=()):
-    """The way to each entry of a nest, the entries that hold others included."""
+def paths_in(value, path=()):
+    """The path of each entry of a nest, at any depth."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, item in items:
-        yield from places(item, (*path, key))
+        yield from paths_in(item, (*path, key))
 
 
 def replaced(value, path, evil):
-    """A copy of a nest with something else at one place."""
+    """A copy of a nest with one entry replaced."""
     if not path:
         return evil
     if isinstance(value, dict):
@@ -45,14 +45,14 @@ def saved(tmp_path):
     return tmp_path / "run" / "step-00000001.pt"
 
 
-def test_the_payload_works_where_it_is_trusted(tmp_path):
+def test_the_payload_works_if_it_is_unpickled(tmp_path):
     pickle.loads(pickle.dumps(Evil(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
 
 
-def test_nothing_runs_in_the_place_of_any_entry(saved, tmp_path):
+def test_nothing_runs_in_place_of_any_entry(saved, tmp_path):
     content, marker = load_checked(saved), tmp_path / "ran"
-    tried = list(places(content))
+    tried = list(paths_in(content))
     assert {path[0] for path in tried} == set(content)
     assert max(map(len, tried)) >= 5
     for path in tried:
@@ -66,21 +66,21 @@ def test_nothing_runs_in_the_place_of_any_entry(saved, tmp_path):
         assert trainer.state.iteration == 0
 
 
-def test_nothing_runs_in_the_place_of_a_key(saved, tmp_path):
+def test_nothing_runs_in_place_of_a_key(saved, tmp_path):
     save_durably(load_checked(saved) | {Evil(tmp_path / "ran"): 1}, saved)
     with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
         counting_run(saved.parent)[1].resume(saved)
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_runs_when_the_whole_file_is_a_pickle(saved, tmp_path):
+def test_nothing_runs_if_the_file_is_a_pickle(saved, tmp_path):
     saved.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
         counting_run(saved.parent)[1].resume(saved)
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_runs_when_the_pickle_inside_is_exchanged(saved, tmp_path):
+def test_nothing_runs_if_the_pickle_inside_is_replaced(saved, tmp_path):
     with zipfile.ZipFile(saved) as archive:
         entries, comment = {name: archive.read(name) for name in archive.namelist()}, archive.comment
     with zipfile.ZipFile(saved, "w") as archive:
@@ -92,7 +92,7 @@ def test_nothing_runs_when_the_pickle_inside_is_exchanged(saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_runs_when_the_index_is_made_from_the_files(saved, tmp_path):
+def test_nothing_runs_if_the_index_is_rebuilt(saved, tmp_path):
     save_durably(load_checked(saved) | {"rotation": Evil(tmp_path / "ran")}, saved)
     (saved.parent / "checkpoints.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: .*holds more than tensors"):
