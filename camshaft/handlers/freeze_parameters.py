@@ -19,8 +19,8 @@ __all__ = ["FreezeParameters"]
 class FreezeParameters(Handler):
     """Freezes the parameters whose names match, and unfreezes them at an epoch or an optimizer step.
 
-    Frozen parameters have no gradient, so neither momentum nor weight decay changes them, even if the optimizer has them.
-    DDP needs ``find_unused_parameters=True``.
+    It freezes them when it is attached, and unfreezes them when it is detached. Frozen parameters have no gradient, so neither
+    momentum nor weight decay changes them, even if the optimizer has them. DDP needs ``find_unused_parameters=True``.
 
     Args:
         patterns: ``fnmatch`` patterns over parameter names, such as ``"encoder.*"``.

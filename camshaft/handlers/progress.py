@@ -16,9 +16,9 @@ __all__ = ["Progress"]
 
 
 class Progress(Handler):
-    """A tqdm progress bar for each epoch, with loss and rate; it reads the loss only when it redraws.
+    """Shows a tqdm progress bar for each epoch, with the loss and the iterations per second.
 
-    With several processes rank 0 draws the bar, with its own loss.
+    It reads the loss from the device only when it redraws. With several processes rank 0 draws the bar, with its own loss.
 
     Args:
         every_seconds: the minimum time between two redraws.

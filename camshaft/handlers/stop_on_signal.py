@@ -18,11 +18,12 @@ CHILD_ENDED = getattr(signal, "SIGCHLD", None)
 
 
 class StopOnSignal(Handler):
-    """Ends the run after the open window on a signal: ``COMPLETED`` handlers run, checkpoints are saved, logs are flushed.
+    """Ends the run in an orderly way on SIGTERM or Ctrl-C, and then exits the process.
 
-    The process then exits with 143 for SIGTERM and 130 for SIGINT; a second signal exits immediately. The earlier signal
+    On a signal the open window is completed, ``COMPLETED`` handlers run, a checkpoint is saved and logs are flushed. Then the
+    process exits with the usual code: 143 for SIGTERM, 130 for SIGINT. A second signal exits immediately. The earlier signal
     handlers are restored when the run ends. Forked workers of a data loader ignore the signals. With several processes a
-    signal to one rank ends all of them, with the same exit code.
+    signal to one rank ends the run on all of them, with the same exit code.
 
     Args:
         signals: the signals to handle.

@@ -31,14 +31,19 @@ MAX_AGE_SECONDS = 10
 
 
 class TensorBoard(Handler):
-    """Writes the curves of a run for TensorBoard. The axis of every curve is the optimizer step.
+    """Writes the curves of a run for TensorBoard. The x-axis of every curve is the optimizer step.
 
-    Scalars: ``train/loss`` (the mean since the last point), ``train/lr`` (the rate that the step used; several groups as
-    ``train/lr/<group>``), ``train/grad_norm`` if it is measured (the latest), ``train/samples_per_second``, the entries of a
-    mapping from ``compute_loss`` or a GAN as ``train/<name>``, and ``state.metrics`` under their names. Values stay on the
-    device; the points of about one second are fetched in one transfer and written together. A resumed run continues in the
-    same folder. With several processes rank 0 writes the losses and samples of all ranks; an entry that only some ranks have
-    is averaged over those.
+    Every ``every`` optimizer steps it writes a point of these curves:
+
+    - ``train/loss``: the mean since the last point.
+    - ``train/<name>``: each named loss of ``compute_loss`` or of a GAN.
+    - ``train/lr``, or ``train/lr/<group>`` with several parameter groups: the rate that the step used.
+    - ``train/grad_norm``, if it is measured: the latest.
+    - ``train/samples_per_second``: the speed of training, without evaluation.
+
+    New values in ``state.metrics`` are written under their names when they appear. Values stay on the device; the points of
+    about one second are fetched in one transfer and written together. A resumed run continues in the same folder. With several
+    processes rank 0 writes the losses and samples of all ranks; a value that only some ranks have is averaged over those.
 
     Args:
         log_dir: the folder of this run.
