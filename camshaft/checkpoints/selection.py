@@ -119,6 +119,8 @@ def restored(path: Path, content: Any, restore: Callable[[Any], None]) -> None:
     """Restores a trainer; whatever goes wrong in it is a ``CheckpointError`` that names the file."""
     try:
         restore(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} can't be used: {printable(str(error))}") from error
     except ValueError as error:
         raise OtherModelError(f"{path} can't be resumed here: {printable(str(error))}") from error
     except Exception as error:  # handlers load what they have saved, and may fail in any way

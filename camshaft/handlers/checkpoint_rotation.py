@@ -12,6 +12,7 @@ from typing import Any
 from camshaft.checkpoints.folder import rank_zero_first, take_folder
 from camshaft.checkpoints.index import Entry, Index
 from camshaft.checkpoints.lock import FolderLock
+from camshaft.checkpoints.optimizer_checks import check_optimizers
 from camshaft.checkpoints.progress import entry_of, moment_of, step_of
 from camshaft.checkpoints.retention import is_among_best, retained
 from camshaft.checkpoints.save_policy import SavePolicy
@@ -305,7 +306,12 @@ class CheckpointRotation(Handler):
             raise RuntimeError(NOT_ATTACHED)
         if engine.is_running:
             raise RuntimeError("resume() can't be called inside a run; call it before run()")
-        path = load_chosen(lambda: self.index, which, self.mode, engine.sharding_reference, engine.restore)
+
+        def restore(content: Any) -> None:
+            check_optimizers(engine.phases, content)
+            engine.restore(content)
+
+        path = load_chosen(lambda: self.index, which, self.mode, engine.sharding_reference, restore)
         if path is None:
             return None
         logger.info("resumed from %s: epoch %d, step %d", path, engine.state.epoch, engine.state.optimizer_step)
