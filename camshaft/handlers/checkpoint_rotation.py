@@ -304,6 +304,8 @@ class CheckpointRotation(Handler):
         engine = self.engine if trainer is None else trainer
         if engine is None:
             raise RuntimeError(NOT_ATTACHED)
+        if not hasattr(engine, "restore"):
+            raise TypeError(f"trainer must be a trainer from create_trainer(), got {type(engine).__name__}")
         if engine.is_running:
             raise RuntimeError("resume() can't be called inside a run; call it before run()")
 

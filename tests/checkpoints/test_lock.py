@@ -39,7 +39,7 @@ def attached(folder, **options):
     return trainer, CheckpointRotation(folder, **options).attach(trainer)
 
 
-def test_attach_takes_the_folder_and_detach_gives_it_back(tmp_path):
+def test_attach_takes_the_folder_and_detach_releases_it(tmp_path):
     trainer, checkpoints = attached(tmp_path)
     assert not is_free(tmp_path)
     checkpoints.detach()
@@ -48,7 +48,7 @@ def test_attach_takes_the_folder_and_detach_gives_it_back(tmp_path):
     assert not is_free(tmp_path)
 
 
-def test_the_with_block_gives_it_back(tmp_path):
+def test_the_with_block_releases_it(tmp_path):
     trainer = trainer_of()
     with CheckpointRotation(tmp_path).attached(trainer):
         assert not is_free(tmp_path)
@@ -98,7 +98,7 @@ def test_who_may_write_into_the_folder_may_lock_it(tmp_path, mode):
 # -- several handlers in one process --------------------------------------------------------------------------------------
 
 
-def test_a_cell_that_is_executed_again_takes_the_folder_over(tmp_path):
+def test_a_later_trainer_takes_the_folder_over(tmp_path):
     first, earlier = attached(tmp_path)
     first.run(batches(2))
     second, later = attached(tmp_path)
@@ -122,7 +122,7 @@ def test_trainers_that_run_in_turn_have_the_folder_in_turn(tmp_path):
         later.save()
 
 
-def test_the_earlier_handler_can_have_it_back(tmp_path):
+def test_the_earlier_handler_can_take_it_again(tmp_path):
     first, earlier = attached(tmp_path)
     _, later = attached(tmp_path)
     later.detach()
@@ -149,7 +149,7 @@ def test_a_trainer_that_is_running_keeps_its_folder(tmp_path):
     assert checkpoints.last == tmp_path / "step-00000002.pt"
 
 
-def test_one_trainer_can_not_have_a_folder_twice(tmp_path):
+def test_one_trainer_can_not_use_a_folder_twice(tmp_path):
     trainer, _ = attached(tmp_path)
     with pytest.raises(FolderInUseError, match="is in use by a CheckpointRotation of the same trainer; give each one a folder"):
         CheckpointRotation(tmp_path, every=Events.ITERATION_COMPLETED).attach(trainer, name="often")
@@ -169,7 +169,7 @@ def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["the lock file", "the folder"])
-def test_a_folder_that_is_made_again_is_locked_again(tmp_path, lost):
+def test_a_folder_that_was_deleted_is_locked_again(tmp_path, lost):
     folder = tmp_path / "run"
     trainer, checkpoints = attached(folder)
     checkpoints.save()
@@ -196,7 +196,7 @@ def test_a_folder_that_another_process_has_locked_since_is_not_written(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x1b[2J", b'{"pid": "x", "host": "h", "since": ""}', b"1" * 100_000])
-def test_whatever_the_lock_file_holds_the_error_is_clear(tmp_path, content):
+def test_the_error_is_clear_if_the_lock_file_is_damaged(tmp_path, content):
     descriptor = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.write(descriptor, content)
@@ -258,7 +258,7 @@ def test_a_reader_sees_what_the_owner_has_written_since(tmp_path):
         assert reader.last == tmp_path / f"step-{2 * epochs:08d}.pt"
 
 
-def test_a_reader_of_no_folder_finds_nothing_and_makes_nothing(tmp_path):
+def test_a_reader_of_a_missing_folder_finds_nothing_and_does_not_create_it(tmp_path):
     reader = CheckpointRotation(tmp_path / "none")
     assert (reader.last, reader.best, reader.resume("auto", trainer_of())) == (None, None, None)
     with pytest.raises(CheckpointError, match="there is no best checkpoint"):
@@ -277,8 +277,8 @@ def test_a_resume_with_a_trainer_attaches_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00000002.pt"]
 
 
-def test_a_checkpoint_that_is_rotated_away_while_it_is_chosen_is_no_error(tmp_path, monkeypatch):
-    """The owner saves and deletes between the reader's look at the folder and its reading."""
+def test_a_checkpoint_that_is_deleted_before_it_is_read_is_no_error(tmp_path, monkeypatch):
+    """The owner saves and deletes after the reader has listed the folder, before it reads."""
     from camshaft.checkpoints import selection
 
     trainer, _ = attached(tmp_path, keep_last=1)

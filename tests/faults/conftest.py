@@ -1,4 +1,4 @@
-"""Folders for children, and small file systems where they may be mounted."""
+"""A small disk that can fill up, and the result of a run that is not interrupted."""
 
 import shutil
 import subprocess
@@ -9,14 +9,14 @@ from signalled import end_of, make_run
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a small tmpfs; called with its size, it gives the folder."""
+    """A function that mounts a tmpfs of a given size and returns its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
     def mount(size):
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("a tmpfs can't be mounted here: that needs root")
+            pytest.skip("mounting a tmpfs needs root")
         return folder
 
     yield mount
@@ -26,7 +26,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """All that the run of ``signalled`` has made when nobody disturbs it."""
+    """The final state of the run of ``signalled`` when nothing interrupts it."""
     trainer, _, _, run = make_run(tmp_path_factory.mktemp("whole"))
     run()
     return end_of(trainer)

@@ -1,4 +1,4 @@
-"""Runs that are killed, and the processes that run them: forked from one that has imported everything already."""
+"""Runs to be killed, and child processes for them: forked from a server that has imported everything already."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from camshaft.checkpoints.lock import LOCK
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["camshaft", "pytest", "torch.utils.tensorboard", "torch._dynamo"])
 
-PATIENCE = 60
-"""So many seconds a child may take for anything."""
+TIMEOUT = 60
+"""The longest time that a child may take for anything, in seconds."""
 
 LONG = bool(os.environ.get("CAMSHAFT_LONG"))
-"""Asks for the whole number of kills."""
+"""Whether to run the long versions of the tests."""
 
 
 class Ledger(Handler):
-    """Keeps the number of each step it has seen."""
+    """Records the number of every optimizer step."""
 
     saved = ("steps",)
 
@@ -47,7 +47,7 @@ class Ledger(Handler):
 
 
 class Counting(nn.Module):
-    """Every weight of it is the number of the step that has made it."""
+    """A model whose every weight equals the number of optimizer steps."""
 
     def __init__(self, size):
         super().__init__()
@@ -62,7 +62,7 @@ def count(model, batch):
 
 
 def counting_run(folder, *, size=10, **options):
-    """A trainer that saves after every step, and its rotation."""
+    """A trainer of a :class:`Counting` model, with a rotation that saves after every step."""
     model = Counting(size)
     counted = torch.optim.SGD([model.first, model.bulk, model.last], lr=1.0)
     adam = torch.optim.Adam([model.other])
@@ -78,7 +78,7 @@ def train(trainer, steps):
 
 
 def assert_of_one_step(trainer):
-    """Weights, optimizers, clocks and handlers are all of the same step, which is returned."""
+    """Checks that weights, optimizers, clocks and handlers are all of the same step, and returns it."""
     step, model = trainer.state.optimizer_step, trainer.primary.module
     assert trainer.state.iteration == step
     for weight in (model.first, model.bulk, model.last):
@@ -94,13 +94,13 @@ def checkpoints(folder):
     return sorted(int(path.stem.removeprefix("step-")) for path in Path(folder).glob("step-*.pt"))
 
 
-def litter(folder):
-    """Whatever is in the folder besides checkpoints and their index."""
+def leftovers(folder):
+    """The names in a folder that are not checkpoint files, the index or the lock."""
     return sorted(p.name for p in Path(folder).iterdir() if p.suffix != ".pt" and p.name not in ("checkpoints.json", LOCK))
 
 
 def all_good(folder):
-    """Whether every checkpoint in the folder is whole."""
+    """Whether every checkpoint in a folder is complete."""
     return all(load_checked(path) for path in Path(folder).glob("step-*.pt"))
 
 
@@ -108,7 +108,7 @@ def all_good(folder):
 
 
 class Child:
-    """A process of its own that runs a function of a module and reports numbers through a file.
+    """A child process that runs a function of a module and reports numbers through a file.
 
     Args:
         function: called in the child as ``function(report, *args)``; ``report(number)`` survives any kill.
@@ -135,11 +135,11 @@ class Child:
         return [int(line) for line in self.notes.read_text().split("\n")[:-1]]
 
     def wait_for(self, number):
-        """Waits until a number of at least so much has been reported."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits until this number, or a higher one, has been reported."""
+        deadline = time.monotonic() + TIMEOUT
         while not any(reported >= number for reported in self.reported):
             assert self.process.is_alive(), f"the child ended: {self.error()}"
-            assert time.monotonic() < deadline, "the child takes too long"
+            assert time.monotonic() < deadline, "the child timed out"
             time.sleep(0.002)
 
     def kill(self):
@@ -150,9 +150,9 @@ class Child:
         (os.killpg if group else os.kill)(self.pid, number)
 
     def join(self):
-        """The exit code; that of a signal is negative."""
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, "the child takes too long"
+        """Waits for the end of the process and returns the exit code, which is negative for a signal."""
+        self.process.join(TIMEOUT)
+        assert self.process.exitcode is not None, "the child timed out"
         return self.process.exitcode
 
     def error(self):
@@ -160,7 +160,7 @@ class Child:
 
 
 def _run_child(function, notes, args, kwargs):
-    os.setsid()  # a group of its own, as in a terminal
+    os.setsid()  # a process group of its own, as in a terminal
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(notes, os.O_WRONLY | os.O_APPEND)
     error = os.open(notes.with_suffix(".error"), os.O_WRONLY | os.O_CREAT)
@@ -173,16 +173,16 @@ def _run_child(function, notes, args, kwargs):
         raise SystemExit(1) from None
 
 
-def save_for_ever(report, folder, temporary=None, steps=100_000, **options):
-    """Resumes, and saves at every step; reports each step once it has been saved."""
+def save_every_step(report, folder, temporary=None, steps=100_000, **options):
+    """Resumes, saves after every step, and reports the number of each step once it is saved."""
     if temporary is not None:
         os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
     trainer, rotation = counting_run(folder, **options)
     rotation.resume("auto")
 
-    def tell(engine):
+    def report_last(engine):
         if rotation.last is not None:
             report(int(rotation.last.stem.removeprefix("step-")))
 
-    trainer.add_event_handler_at(Priority.SAVE + 1, Events.ITERATION_COMPLETED, tell)
+    trainer.add_event_handler_at(Priority.SAVE + 1, Events.ITERATION_COMPLETED, report_last)
     train(trainer, steps)

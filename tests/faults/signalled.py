@@ -1,4 +1,4 @@
-"""A training script that is asked to stop; also run as one: ``python signalled.py folder workers notes``."""
+"""A training run that gets signals; also a script: ``python signalled.py folder workers notes``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from camshaft import (
 
 BATCHES, WINDOW, EPOCHS = 13, 3, 3
 STEPS = 5 * EPOCHS
-"""Four full windows an epoch, and one batch that is left over."""
+"""An epoch has four full windows and a partial one of one batch."""
 
 
 def data(size=BATCHES * 4):
@@ -36,7 +36,7 @@ def data(size=BATCHES * 4):
 
 
 def make_run(folder, *, workers=0, context=None, nested=False, every=Events.EPOCH_COMPLETED, before=lambda trainer: None):
-    """A trainer with dropout, BatchNorm, a schedule and everything that must be whole after a stop, and its run."""
+    """A trainer with dropout, BatchNorm, a schedule and everything else that must survive a stop, and its run."""
     seed_everything(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -57,11 +57,11 @@ def make_run(folder, *, workers=0, context=None, nested=False, every=Events.EPOC
 
 IN_EVALUATION = 1000
 COMPLETED = 2000
-"""Reports from a nested evaluation and from the end begin with these numbers."""
+"""Offsets of the reports from a nested evaluation, and from the end of the run."""
 
 
 def train_slowly(report, folder, *, hang=None, pause=0.03, **options):
-    """Reports each iteration, each batch of an evaluation, and the step at the end."""
+    """Reports each iteration, each batch of an evaluation, and the number of steps at the end."""
     trainer, rotation, evaluator, run = make_run(folder, **options)
 
     def tell(engine):
@@ -93,12 +93,12 @@ def assert_same(one, other, path="state"):
 
 
 def end_of(trainer):
-    """All that training has made."""
+    """The state that training has produced."""
     kept = ("phases", "handlers", "rng")
     return {name: value for name, value in trainer.checkpoint().items() if name in kept}
 
 
-def assert_goes_on_exactly(folder, uninterrupted):
+def assert_resumes_exactly(folder, uninterrupted):
     trainer, rotation, _, run = make_run(folder)
     assert rotation.resume("auto") is not None
     run()

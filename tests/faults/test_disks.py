@@ -1,4 +1,4 @@
-"""A folder that fills up, turns read-only or is tampered with costs at most the save that it refuses."""
+"""A disk that is full or read-only, and files that somebody deletes, cost at most the saves that fail."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ import subprocess
 import tempfile
 
 import pytest
-from faulty import Child, all_good, assert_of_one_step, checkpoints, counting_run, litter, train
+from faulty import Child, all_good, assert_of_one_step, checkpoints, counting_run, leftovers, train
 
 from camshaft import Events
 from camshaft.checkpoints import writer
 
 ROOM = 300_000
-"""A checkpoint of so many weights takes 1.2 MB."""
+"""A model with this many weights makes checkpoints of 1.2 MB."""
 
 
 def at(trainer, step, function):
@@ -24,7 +24,7 @@ def at(trainer, step, function):
 
 
 def assert_resumes_from(folder, step, **options):
-    assert litter(folder) == []
+    assert leftovers(folder) == []
     assert all_good(folder)
     trainer, rotation = counting_run(folder, **options)
     assert rotation.resume("auto") == rotation.last == folder / f"step-{step:08d}.pt"
@@ -48,7 +48,7 @@ def test_a_disk_that_fills_up(small_disk):
     assert_resumes_from(folder, 2, size=ROOM)
 
 
-def test_a_disk_on_which_room_is_made_again(small_disk):
+def test_a_disk_that_is_full_for_a_while(small_disk):
     folder = small_disk("4m")
     ballast = folder / "ballast"
     trainer, rotation = counting_run(folder, size=ROOM, keep_last=1)
@@ -71,9 +71,9 @@ def test_a_disk_that_is_full_from_the_start_ends_the_run_at_once(small_disk, opt
     trainer, _ = counting_run(folder, size=ROOM, **options)
     with pytest.raises(OSError, match=r"step-00000001.* could not be written \(.*nothing was ever saved in this folder"):
         train(trainer, 100)
-    assert trainer.state.iteration <= 2  # one behind, in the background
+    assert trainer.state.iteration <= 2  # in the background the error is reported one iteration later
     assert checkpoints(folder) == []
-    assert litter(folder) == []
+    assert leftovers(folder) == []
 
 
 @MODES
@@ -91,7 +91,7 @@ def test_a_disk_that_is_full_at_a_restart_keeps_what_was_saved(small_disk, optio
 
 
 def mount_read_only(folder):
-    """Puts a read-only view of a folder over it; the file system itself has an open file, and cannot be made read-only."""
+    """Mounts a read-only view over a folder: the file system has an open file, and cannot become read-only itself."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
@@ -109,7 +109,7 @@ def test_a_disk_that_turns_read_only(small_disk):
 
 
 def limit_file_size(report, folder, size):
-    """Trains without end; from step 3 on, no file can be larger than 100 KB."""
+    """Trains; from step 3 on, no file can be larger than 100 KB."""
     trainer, _ = counting_run(folder, size=size)
     at(trainer, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: report(engine.state.iteration))
@@ -117,7 +117,7 @@ def limit_file_size(report, folder, size):
 
 
 def run_out_of_memory(report, folder, step, error):
-    """Trains five steps in the background mode; one save fails with an error that is not the file system's."""
+    """Saves five steps in the background; one save raises an error that does not come from the file system."""
     save = writer.save_durably
 
     def fail(content, path):
@@ -140,14 +140,14 @@ def run_out_of_memory(report, folder, step, error):
         (5, 0, "could not be written .*none left.*training continues"),
     ],
 )
-def test_an_error_of_the_thread_that_writes_is_never_lost(tmp_path, step, code, text, error):
+def test_an_error_in_the_background_is_always_reported(tmp_path, step, code, text, error):
     with Child(run_out_of_memory, tmp_path / "notes", tmp_path / "run", step, error) as child:
         assert child.join() == code, child.error()
         assert re.search(text, child.error())
     assert checkpoints(tmp_path / "run") == {1: [], 3: [4, 5], 5: [3, 4]}[step]
 
 
-def test_files_that_may_not_grow(tmp_path):
+def test_a_limit_on_the_size_of_files(tmp_path):
     folder = tmp_path / "run"
     with Child(limit_file_size, tmp_path / "notes", folder, ROOM) as child:
         assert child.join() == 1
@@ -159,7 +159,7 @@ def test_files_that_may_not_grow(tmp_path):
 
 
 def refuse(monkeypatch, module, name, error, when=lambda *args: True):
-    """Has a function of the operating system fail."""
+    """Makes a function of the operating system raise."""
     works = getattr(module, name)
 
     def fails(*args, **kwargs):
@@ -175,7 +175,7 @@ STEPS_OF_A_SAVE = [(tempfile, "mkstemp"), (os, "fchmod"), (os, "fsync"), (os, "r
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EDQUOT, errno.ESTALE])
 @pytest.mark.parametrize(("module", "name"), STEPS_OF_A_SAVE)
-def test_any_error_at_any_step_of_a_save(tmp_path, monkeypatch, module, name, error):
+def test_each_system_call_of_a_save_fails_with_each_error(tmp_path, monkeypatch, module, name, error):
     trainer, _ = counting_run(tmp_path)
     at(trainer, 3, lambda: refuse(monkeypatch, module, name, error))
     at(trainer, 5, monkeypatch.undo)
@@ -187,7 +187,7 @@ def test_any_error_at_any_step_of_a_save(tmp_path, monkeypatch, module, name, er
 
 
 @pytest.mark.parametrize(("module", "name"), STEPS_OF_A_SAVE)
-def test_old_files_stay_while_saves_fail(tmp_path, monkeypatch, module, name):
+def test_the_older_files_remain_while_saves_fail(tmp_path, monkeypatch, module, name):
     trainer, _ = counting_run(tmp_path, keep_last=1)
     at(trainer, 3, lambda: refuse(monkeypatch, module, name, errno.EIO))
     with (
@@ -204,7 +204,7 @@ def is_index(source, target):
     return str(target).endswith(".json")
 
 
-def test_an_index_that_can_not_be_written_leaks_no_files(tmp_path, monkeypatch):
+def test_an_index_that_can_not_be_written_leaves_no_old_files(tmp_path, monkeypatch):
     trainer, _ = counting_run(tmp_path)
     at(trainer, 3, lambda: refuse(monkeypatch, os, "replace", errno.ENOSPC, is_index))
     at(trainer, 5, monkeypatch.undo)
@@ -214,7 +214,7 @@ def test_an_index_that_can_not_be_written_leaks_no_files(tmp_path, monkeypatch):
     assert_resumes_from(tmp_path, 6)
 
 
-def test_a_file_that_is_there_though_its_index_failed_is_resumed_from(tmp_path, monkeypatch):
+def test_a_checkpoint_whose_index_failed_is_resumed(tmp_path, monkeypatch):
     trainer, _ = counting_run(tmp_path)
     at(trainer, 3, lambda: refuse(monkeypatch, os, "replace", errno.ENOSPC, is_index))
     with pytest.warns(RuntimeWarning), pytest.raises(OSError, match="3 saves in a row have failed"):
@@ -223,7 +223,7 @@ def test_a_file_that_is_there_though_its_index_failed_is_resumed_from(tmp_path, 
     assert_resumes_from(tmp_path, 5)
 
 
-def test_an_old_file_that_can_not_be_deleted_goes_with_the_next_save(tmp_path, monkeypatch, caplog):
+def test_an_old_file_that_can_not_be_deleted_is_deleted_by_the_next_save(tmp_path, monkeypatch, caplog):
     trainer, _ = counting_run(tmp_path)
     refuse(monkeypatch, os, "unlink", errno.EBUSY, lambda path, *_: str(path).endswith(".pt"))
     at(trainer, 4, monkeypatch.undo)
@@ -239,7 +239,7 @@ def test_a_folder_that_can_not_be_written_from_the_start_raises_at_once(tmp_path
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_file_deleted_by_hand_while_training_goes_on(tmp_path, step):
+def test_a_file_that_is_deleted_during_training(tmp_path, step):
     trainer, rotation = counting_run(tmp_path, keep_last=3)
     at(trainer, 4, lambda: (tmp_path / f"step-{step:08d}.pt").unlink())
     train(trainer, 4)
@@ -250,7 +250,7 @@ def test_a_file_deleted_by_hand_while_training_goes_on(tmp_path, step):
     assert checkpoints(tmp_path) == [4, 5, 6]
 
 
-def test_the_index_deleted_while_training_goes_on(tmp_path):
+def test_an_index_that_is_deleted_during_training(tmp_path):
     trainer, _ = counting_run(tmp_path)
     at(trainer, 3, (tmp_path / "checkpoints.json").unlink)
     train(trainer, 5)
@@ -258,7 +258,7 @@ def test_the_index_deleted_while_training_goes_on(tmp_path):
     assert_resumes_from(tmp_path, 5)
 
 
-def test_the_whole_folder_deleted_while_training_goes_on(tmp_path):
+def test_a_folder_that_is_deleted_during_training(tmp_path):
     folder = tmp_path / "run"
     trainer, _ = counting_run(folder)
     at(trainer, 3, lambda: shutil.rmtree(folder))
@@ -269,7 +269,7 @@ def test_the_whole_folder_deleted_while_training_goes_on(tmp_path):
     assert_resumes_from(folder, 5)
 
 
-def test_files_that_it_did_not_write_are_left_alone(tmp_path):
+def test_files_of_the_user_are_not_touched(tmp_path):
     names = ["notes.txt", "step-1.pt", "step-00000001.pt.bak", "model.pt", ".camshaft", "step-00000000.pt"]
     for name in names:
         (tmp_path / name).write_text("mine")

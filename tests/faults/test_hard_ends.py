@@ -1,10 +1,10 @@
-"""A process that ends hard after a save, or an exception in a step: the resumed run equals the uninterrupted one."""
+"""After a hard exit or an exception, the resumed run equals the uninterrupted one."""
 
 import os
 
 import pytest
 from faulty import Child
-from signalled import BATCHES, EPOCHS, assert_goes_on_exactly, make_run
+from signalled import BATCHES, EPOCHS, assert_resumes_exactly, make_run
 
 from camshaft import Events, Priority, StepEvents
 from camshaft.checkpoints.file_load import load_checked
@@ -14,7 +14,7 @@ OFTEN = Events.ITERATION_COMPLETED(every=2)
 
 
 def exit_hard(report, folder, iteration):
-    """Leaves without a word once the requests of an iteration have been met."""
+    """Exits without cleaning up, right after the saves of an iteration."""
     trainer, _, _, run = make_run(folder, every=OFTEN)
     trainer.add_event_handler_at(Priority.SAVE + 1, Events.ITERATION_COMPLETED(once=iteration), lambda: os._exit(9))
     run()
@@ -24,10 +24,10 @@ def exit_hard(report, folder, iteration):
 def test_a_hard_exit_after_a_save(tmp_path, uninterrupted, iteration):
     with Child(exit_hard, tmp_path / "notes", tmp_path, iteration) as child:
         assert child.join() == 9, child.error()
-    assert_goes_on_exactly(tmp_path, uninterrupted)
+    assert_resumes_exactly(tmp_path, uninterrupted)
 
 
-def test_a_hard_exit_before_the_first_save_starts_afresh(tmp_path):
+def test_a_hard_exit_before_the_first_save_starts_from_scratch(tmp_path):
     with Child(exit_hard, tmp_path / "notes", tmp_path, 2) as child:
         assert child.join() == 9, child.error()
     assert make_run(tmp_path)[1].resume("auto") is None
@@ -50,4 +50,4 @@ def test_an_exception_in_a_step(tmp_path, uninterrupted, iteration, event):
         run()
     trainer.handlers["TensorBoard"].close()
     assert load_checked(rotation.last)["clocks"]["iteration"] <= iteration
-    assert_goes_on_exactly(tmp_path, uninterrupted)
+    assert_resumes_exactly(tmp_path, uninterrupted)

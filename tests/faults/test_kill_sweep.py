@@ -1,4 +1,4 @@
-"""A save that is killed just before any one of its system calls: the newest complete checkpoint is always found."""
+"""A save that is killed before any one of its system calls: the newest complete checkpoint is always resumed."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import traced
-from faulty import LONG, Child, assert_of_one_step, counting_run, litter, train
+from faulty import LONG, Child, assert_of_one_step, counting_run, leftovers, train
 
 from camshaft import CheckpointRotation
 from camshaft.checkpoints.files import temporary_name
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not traced.can_trace(), reason="needs ptrace")
 
 MEMORY = Path("/dev/shm")
 STRIDE = 1 if LONG else 7
-"""Every so many-th system call that changes something; another one at each test."""
+"""Tests every n-th system call that can change something; each test starts with another one."""
 KINDS = {"file": {}, "background": {"background": True}, "sharded": {"sharded": True}}
 KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -34,18 +34,18 @@ def base(tmp_path):
         yield Path(folder)
 
 
-# -- what is killed, in a process of its own ------------------------------------------------------------------------------
+# -- what is killed, in a child process --------------------------------------------------------------------------------
 
 
 def first_save(folder, **options):
-    """Nothing was saved before; the folder is made and locked, too."""
+    """The first save of a run, including the creation of the folder and its lock."""
     traced.arm()
     trainer, _ = counting_run(folder, keep_last=1, **options)
     train(trainer, 1)
 
 
 def next_save(folder, **options):
-    """Step 3 is saved after step 2, which is deleted then."""
+    """Step 3 is saved, and then step 2 is deleted."""
     trainer, _ = counting_run(folder, keep_last=1, **options)
     train(trainer, 2)
     traced.arm()
@@ -53,7 +53,7 @@ def next_save(folder, **options):
 
 
 def same_step(folder, **options):
-    """Step 2 is saved once more, with something new in it."""
+    """Step 2 is saved again, with a new metric."""
     trainer, rotation = counting_run(folder, keep_last=1, **options)
     train(trainer, 2)
     trainer.state.metrics["again"] = 1.0
@@ -62,7 +62,7 @@ def same_step(folder, **options):
 
 
 def same_step_after_a_resume(folder, **options):
-    """Another process has saved step 2; here it is loaded and saved once more."""
+    """Step 2, which an earlier run saved, is resumed and saved again."""
     trainer, rotation = counting_run(folder, keep_last=1, **options)
     train(trainer, 2)
     rotation.detach()
@@ -97,7 +97,7 @@ SCENES = [first_save, next_save, same_step, same_step_after_a_resume]
 def sweep(report, base, scene, start, options):
     """Reports each number of a call before which the scene was killed, each in a folder of its own."""
     trace, traced.arm = traced.arm, lambda: None
-    scene(base / "warm" / "run", **options)  # so that no forked process has to import anything
+    scene(base / "warm" / "run", **options)  # imports everything, so that the forked processes are fast
     traced.arm = trace
     for number in itertools.count(start, STRIDE):
         (base / str(number)).mkdir()
@@ -120,7 +120,7 @@ def version(trainer, resumed):
 
 
 def found_by_a_reader(folder):
-    """What a process that does not own the folder resumes from; it changes nothing."""
+    """What an unattached rotation resumes from; it must not change the folder."""
     before = state_of(folder)
     trainer, rotation = counting_run(folder.with_name("elsewhere"))
     with warnings.catch_warnings():
@@ -133,7 +133,7 @@ def found_by_a_reader(folder):
 
 
 def found_by_the_owner(folder, **options):
-    """What the next run resumes from. It leaves only what it keeps, and goes on."""
+    """What the next run resumes from. It must continue, rotate as usual, and leave no temporary files."""
     trainer, rotation = counting_run(folder, keep_last=1, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -142,7 +142,7 @@ def found_by_the_owner(folder, **options):
     train(trainer, 4)
     rotation.detach()
     assert [path.name for path in folder.glob("step-*")] == ["step-00000004" + ("" if "sharded" in options else ".pt")]
-    assert [name for name in litter(folder) if not name.startswith("step-")] == []
+    assert [name for name in leftovers(folder) if not name.startswith("step-")] == []
     return found
 
 
@@ -176,7 +176,7 @@ def test_a_kill_before_each_system_call(base, tmp_path, kind, scene, before, aft
     start = 1 + (list(KINDS).index(kind) + SCENES.index(scene)) % STRIDE
     found = swept(base, tmp_path, scene, start, KINDS[kind])
     assert set(found) <= {before, after}
-    assert found == sorted(found, key=lambda version: version == after), "a newer one was found, and then an older one"
+    assert found == sorted(found, key=lambda version: version == after), "an older version was found after a newer one"
     assert after in found or not LONG
 
 

@@ -1,4 +1,4 @@
-"""A process that is killed while it saves loses nothing that it had saved."""
+"""A process that is killed during a save loses nothing that it has saved before."""
 
 import os
 import random
@@ -9,21 +9,21 @@ import warnings
 from pathlib import Path
 
 import pytest
-from faulty import LONG, Child, all_good, assert_of_one_step, checkpoints, counting_run, litter, save_for_ever, train
+from faulty import LONG, Child, all_good, assert_of_one_step, checkpoints, counting_run, leftovers, save_every_step, train
 
 from camshaft import Events
 
 KILLS = 200 if LONG else 12
 SIZE = 150_000
 RENAMED = 3
-"""The third thing that a save does to a file is to rename it; from then on it counts."""
+"""The third file operation of a save renames the file; from then on, the new checkpoint is the newest."""
 MEMORY = Path("/dev/shm")
 
 
 def start_again(folder, **options):
-    """What the next start finds: a trainer that has resumed, without a word of warning, in a clean folder."""
+    """Attaches and resumes as the next run does: without a warning, in a clean folder."""
     trainer, rotation = counting_run(folder, **options)
-    assert litter(folder) == []
+    assert leftovers(folder) == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed = rotation.resume("auto")
@@ -31,20 +31,20 @@ def start_again(folder, **options):
 
 
 def kill_while_saving(folder, notes, kills, seed, **options):
-    """Lets children save without end and kills each at a random moment; after each, all must be there and of one step."""
+    """Kills children that save, each at a random moment; after each kill, every checkpoint must be complete and consistent."""
     draw, saved = random.Random(seed), 0
     for _ in range(kills):
-        with Child(save_for_ever, notes, folder, size=SIZE, **options) as child:
+        with Child(save_every_step, notes, folder, size=SIZE, **options) as child:
             child.wait_for(saved + 1)
             child.process.join(draw.uniform(0, 0.06))
             assert child.kill() == -signal.SIGKILL, child.error()
             reported = max(child.reported)
         trainer, rotation, resumed = start_again(folder, size=SIZE)
         step = assert_of_one_step(trainer)
-        assert step >= reported, f"step {reported} was saved, and {resumed} came back"
+        assert step >= reported, f"step {reported} was saved, but {resumed} was resumed"
         assert rotation.last == resumed
         assert all_good(folder)
-        rotation.detach()  # the next child is the owner
+        rotation.detach()  # the next child owns the folder
         saved = step
     return saved
 
@@ -55,7 +55,7 @@ def test_kill_9_while_saving(tmp_path, keep_last):
     assert kill_while_saving(folder, tmp_path / "notes", KILLS // 2, seed=keep_last, keep_last=keep_last) > KILLS // 2
 
 
-def test_kill_9_while_saving_behind_training(tmp_path):
+def test_kill_9_while_saving_in_the_background(tmp_path):
     kill_while_saving(tmp_path / "run", tmp_path / "notes", KILLS // 2, seed=5, background=True)
 
 
@@ -74,7 +74,7 @@ def test_kill_9_while_saving_with_the_temporary_folder_on_another_file_system(tm
     assert list(memory.rglob(".camshaft-*")) == []
 
 
-def test_what_a_killed_run_leaves_is_rotated_away(tmp_path):
+def test_the_checkpoints_of_a_killed_run_are_rotated(tmp_path):
     folder = tmp_path / "run"
     kill_while_saving(folder, tmp_path / "notes", 3, seed=11)
     trainer, _, _ = start_again(folder, size=SIZE)
@@ -84,7 +84,7 @@ def test_what_a_killed_run_leaves_is_rotated_away(tmp_path):
 
 
 def die_before_operation(report, folder, number, killed=3):
-    """Saves step after step; in the save of step ``killed`` it dies just before the ``number``-th thing it does to a file."""
+    """Saves every step, and is killed in the save of step ``killed``, before its file operation ``number``."""
     operations = 0
 
     def note(*_):
@@ -121,7 +121,7 @@ def test_kill_before_each_file_operation_of_a_save(tmp_path, number):
     assert checkpoints(folder) == [5]
 
 
-def test_a_file_renamed_into_place_is_the_newest_though_the_index_lacks_it(tmp_path):
+def test_a_checkpoint_that_is_missing_from_the_index_is_the_newest(tmp_path):
     train(counting_run(tmp_path)[0], 3)
     before = (tmp_path / "checkpoints.json").read_bytes()
     trainer, rotation = counting_run(tmp_path)

@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends in order, and goes on as if it hadn't been asked."""
+"""A run that gets a signal ends cleanly, and the resumed run equals the uninterrupted one."""
 
 import os
 import signal
@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import PATIENCE, Child
-from signalled import BATCHES, COMPLETED, EPOCHS, IN_EVALUATION, STEPS, WINDOW, assert_goes_on_exactly, make_run, train_slowly
+from faulty import TIMEOUT, Child
+from signalled import BATCHES, COMPLETED, EPOCHS, IN_EVALUATION, STEPS, WINDOW, assert_resumes_exactly, make_run, train_slowly
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from camshaft import Events
@@ -24,14 +24,14 @@ def points(folder, tag="train/loss"):
     return [point.step for point in board.Reload().Scalars(tag)]
 
 
-def assert_stopped_in_order(folder, reported, at_least, *, closed=True):
-    """The newest checkpoint is of the last step, every point is on the disk, and the handlers of the end have run."""
+def assert_stopped_cleanly(folder, reported, at_least, *, closed=True):
+    """Checks that the last step is saved, every point is on the disk, and the handlers of ``COMPLETED`` have run."""
     last = max(number for number in reported if number < IN_EVALUATION)
     assert at_least <= last < BATCHES * EPOCHS
     newest = max((folder / "checkpoints").glob("*.pt"))
     content = load_checked(newest)
     assert content["clocks"]["iteration"] == last
-    assert not closed or last % BATCHES % WINDOW == 0, "the window wasn't closed"
+    assert not closed or last % BATCHES % WINDOW == 0, "the window was not closed"
     step = content["phases"]["model"]["optimizer_step"]
     assert reported[-1] == COMPLETED + step
     assert points(folder) == list(range(1, step + 1))
@@ -44,18 +44,18 @@ def test_a_script_that_is_stopped_in_mid_epoch(tmp_path, uninterrupted, number):
     script = Path(__file__).with_name("signalled.py")
     command = [sys.executable, script, tmp_path, "0", notes]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while f"\n{MID_EPOCH}\n" not in notes.read_text():
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.005)
         child.send_signal(number)
-        _, error = child.communicate(timeout=PATIENCE)
+        _, error = child.communicate(timeout=TIMEOUT)
     assert child.returncode == 128 + number, error
     assert "Traceback" not in error
-    assert_stopped_in_order(tmp_path, [int(line) for line in notes.read_text().split()], MID_EPOCH)
+    assert_stopped_cleanly(tmp_path, [int(line) for line in notes.read_text().split()], MID_EPOCH)
     time.sleep(1)  # TensorBoard sorts its files by the second
-    assert_goes_on_exactly(tmp_path, uninterrupted)
+    assert_resumes_exactly(tmp_path, uninterrupted)
     assert points(tmp_path) == list(range(1, STEPS + 1))
 
 
@@ -74,9 +74,9 @@ def test_with_workers(tmp_path, uninterrupted, context, number, group, closed):
         child.wait_for(MID_EPOCH)
         child.signal(number, group=group)
         assert child.join() == 128 + number, child.error()
-        assert "Traceback" not in child.error()  # at most a word on a batch that the ended workers couldn't give
-        assert_stopped_in_order(tmp_path, child.reported, MID_EPOCH, closed=closed)
-    assert_goes_on_exactly(tmp_path, uninterrupted)
+        assert "Traceback" not in child.error()  # at most a warning about a batch that the workers could not deliver
+        assert_stopped_cleanly(tmp_path, child.reported, MID_EPOCH, closed=closed)
+    assert_resumes_exactly(tmp_path, uninterrupted)
 
 
 @BOTH
@@ -86,12 +86,12 @@ def test_in_a_nested_evaluation(tmp_path, number):
         child.signal(number)
         assert child.join() == 128 + number, child.error()
         reported = child.reported
-    assert reported.count(IN_EVALUATION + 20) in (0, 4), "the evaluation wasn't brought to its end"
-    assert_stopped_in_order(tmp_path, reported, MID_EPOCH)
+    assert reported.count(IN_EVALUATION + 20) in (0, 4), "the evaluation was not finished"
+    assert_stopped_cleanly(tmp_path, reported, MID_EPOCH)
 
 
 @BOTH
-def test_a_second_signal_quits_at_once(tmp_path, number):
+def test_a_second_signal_ends_the_process_at_once(tmp_path, number):
     with Child(train_slowly, tmp_path / "notes", tmp_path, hang=MID_EPOCH) as child:
         child.wait_for(MID_EPOCH)
         child.signal(number)
@@ -103,7 +103,7 @@ def test_a_second_signal_quits_at_once(tmp_path, number):
     assert load_checked(max((tmp_path / "checkpoints").glob("*.pt")))["clocks"]["iteration"] == BATCHES
 
 
-def test_stopped_again_and_again(tmp_path, uninterrupted):
+def test_a_run_that_is_stopped_several_times(tmp_path, uninterrupted):
     stops = 0
     for iteration in (2, 9, MID_EPOCH, 30):
         with Child(train_slowly, tmp_path / f"notes {iteration}", tmp_path) as child:
@@ -112,7 +112,7 @@ def test_stopped_again_and_again(tmp_path, uninterrupted):
             assert child.join() == 128 + signal.SIGTERM, child.error()
             stops += 1
     assert stops == 4
-    assert_goes_on_exactly(tmp_path, uninterrupted)
+    assert_resumes_exactly(tmp_path, uninterrupted)
 
 
 def test_a_run_after_one_that_was_stopped_does_not_exit(tmp_path):

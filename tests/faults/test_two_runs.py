@@ -1,4 +1,4 @@
-"""Two processes and one folder: one writes, the others are kept out or only read."""
+"""Several processes and one folder: one writes, the others are rejected or only read."""
 
 import os
 import random
@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from faulty import LONG, PATIENCE, Child, assert_of_one_step, checkpoints, counting_run, litter, save_for_ever, train
+from faulty import LONG, TIMEOUT, Child, assert_of_one_step, checkpoints, counting_run, leftovers, save_every_step, train
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from camshaft import CheckpointRotation, Events
+from camshaft import CheckpointRotation, Events, create_trainer
+from camshaft.checkpoints import writer
 from camshaft.checkpoints.lock import LOCK, FolderInUseError
 from camshaft.distributed.collectives import world_size
 
@@ -22,15 +24,15 @@ SECONDS = 60 if LONG else 4
 
 
 def hold(report, folder):
-    """Attaches, and waits to be killed."""
+    """Attaches, and waits for a signal."""
     _, rotation = counting_run(folder)
     report(1)
-    time.sleep(PATIENCE)
+    time.sleep(TIMEOUT)
     rotation.detach()
 
 
 def attach_and_detach(report, folder):
-    """Reports 1 if the folder can be had, 2 if it is in use."""
+    """Reports 1 if the folder can be taken, 2 if it is in use."""
     try:
         counting_run(folder)[1].detach()
         report(1)
@@ -39,7 +41,7 @@ def attach_and_detach(report, folder):
 
 
 def can_attach(folder, notes):
-    """Whether another process could have the folder now."""
+    """Whether another process can take the folder now."""
     with Child(attach_and_detach, notes, folder) as child:
         assert child.join() == 0, child.error()
         return child.reported[-1] == 1
@@ -49,9 +51,9 @@ def can_attach(folder, notes):
 
 
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"sharded": True}], ids=["file", "background", "sharded"])
-def test_a_second_run_is_kept_out_and_disturbs_nothing(tmp_path, options):
+def test_a_second_run_is_rejected_and_changes_nothing(tmp_path, options):
     folder = tmp_path / "run"
-    with Child(save_for_ever, tmp_path / "notes", folder, size=SIZE, **options) as child:
+    with Child(save_every_step, tmp_path / "notes", folder, size=SIZE, **options) as child:
         child.wait_for(3)
         (folder / ".camshaft-of-the-first.tmp").write_bytes(b"what a save would be writing")
         for _ in range(20):
@@ -61,7 +63,7 @@ def test_a_second_run_is_kept_out_and_disturbs_nothing(tmp_path, options):
         child.wait_for(max(child.reported) + 3)
 
 
-def test_a_run_that_is_held_up_is_still_the_owner(tmp_path):
+def test_a_stopped_process_still_owns_its_folder(tmp_path):
     folder = tmp_path / "run"
     with Child(hold, tmp_path / "notes", folder) as child:
         child.wait_for(1)
@@ -72,7 +74,7 @@ def test_a_run_that_is_held_up_is_still_the_owner(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSEGV])
-def test_the_folder_of_a_dead_run_is_free_at_once(tmp_path, number):
+def test_the_folder_of_a_dead_process_is_free_at_once(tmp_path, number):
     folder = tmp_path / "run"
     with Child(hold, tmp_path / "notes", folder) as child:
         child.wait_for(1)
@@ -88,10 +90,10 @@ def test_the_folder_of_a_dead_run_is_free_at_once(tmp_path, number):
 
 
 def fork_and_die(report, folder):
-    """Forks a process that outlives this one, which is killed."""
+    """Forks a process, and is killed before it."""
     counting_run(folder)
     if os.fork() == 0:
-        time.sleep(PATIENCE)
+        time.sleep(TIMEOUT)
         os._exit(0)
     report(1)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -108,7 +110,7 @@ def test_a_forked_process_that_outlives_the_run_does_not_keep_the_folder(tmp_pat
 
 
 @pytest.mark.parametrize("clean", ["garbage collection", "detach", "exit"])
-def test_a_forked_process_can_not_give_the_folder_away(tmp_path, clean):
+def test_a_forked_process_can_not_release_the_lock(tmp_path, clean):
     folder = tmp_path / "run"
     trainer, rotation = counting_run(folder)
     pid = os.fork()
@@ -150,7 +152,7 @@ def two_ranks(rank, rendezvous):
 
 
 def attach_as_rank(report, rank, folder, rendezvous):
-    """Reports 1 if the folder can be had, 2 if this rank hears that it is in use."""
+    """Reports 1 if the folder can be taken, 2 if this rank gets the error that it is in use."""
     with two_ranks(rank, rendezvous):
         attach_and_detach(report, folder)
         attach_and_detach(report, folder.with_name("free"))
@@ -163,18 +165,44 @@ def attach_on_rank_zero_alone(report, rank, folder, rendezvous):
             attach_and_detach(report, folder.with_name("free"))
 
 
-def on_two_ranks(function, folder, tmp_path):
-    """What each of two ranks reports."""
-    arguments = folder, tmp_path / "rendezvous"
+def fail_to_save(report, rank, folder, rendezvous, options):
+    """Every save after the first runs out of memory on rank 0. Each rank reports 1 if it raises that, and the iteration."""
+    with two_ranks(rank, rendezvous):
+        model = DistributedDataParallel(torch.nn.Linear(1, 1))
+        trainer = create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.functional.mse_loss)
+        rotation = CheckpointRotation(folder, every=Events.ITERATION_COMPLETED, **options).attach(trainer)
+        rotation.save()
+        if rank == 0:
+            writer.save_durably = run_out_of_memory
+        try:
+            trainer.run([(torch.zeros(1, 1), torch.zeros(1, 1))] * 20)
+        except RuntimeError as error:
+            report(1 if "no memory" in str(error) and "3 saves in a row have failed" in str(error) else 2)
+            report(trainer.state.iteration)
+
+
+def run_out_of_memory(content, path):
+    raise MemoryError("no memory")
+
+
+def on_two_ranks(function, folder, tmp_path, *more):
+    """The reports of two ranks."""
+    arguments = folder, tmp_path / "rendezvous", *more
     with Child(function, tmp_path / "0", 0, *arguments) as first, Child(function, tmp_path / "1", 1, *arguments) as second:
         assert (first.join(), second.join()) == (0, 0), first.error() + second.error()
         return first.reported, second.reported
 
 
-def test_every_rank_hears_that_the_folder_is_in_use(tmp_path):
+def test_every_rank_raises_if_the_folder_is_in_use(tmp_path):
     _, rotation = counting_run(tmp_path / "run")
     assert on_two_ranks(attach_as_rank, tmp_path / "run", tmp_path) == ([2, 1], [2, 1])
     rotation.detach()
+
+
+@pytest.mark.parametrize(("options", "iteration"), [({}, 3), ({"background": True}, 4)], ids=["file", "background"])
+def test_every_rank_raises_if_saves_fail(tmp_path, options, iteration):
+    assert on_two_ranks(fail_to_save, tmp_path / "run", tmp_path, options) == ([1, iteration], [1, iteration])
+    assert checkpoints(tmp_path / "run") == [0]
 
 
 def test_rank_zero_does_not_wait_for_ranks_that_do_not_attach(tmp_path):
@@ -185,10 +213,10 @@ def test_rank_zero_does_not_wait_for_ranks_that_do_not_attach(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"sharded": True}], ids=["file", "sharded"])
-def test_a_reader_beside_a_run(tmp_path, options):
-    """It always finds a complete checkpoint, at least as new as the last one that was reported; the run goes on."""
+def test_a_reader_next_to_a_run(tmp_path, options):
+    """The reader always finds a complete checkpoint, at least as new as the last report; the run is not disturbed."""
     folder, seen = tmp_path / "run", []
-    with Child(save_for_ever, tmp_path / "notes", folder, size=SIZE, keep_last=1, **options) as child:
+    with Child(save_every_step, tmp_path / "notes", folder, size=SIZE, keep_last=1, **options) as child:
         child.wait_for(2)
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
@@ -206,17 +234,17 @@ def test_a_reader_beside_a_run(tmp_path, options):
 
 
 def write_again_and_again(report, folder, notes_of_all, **options):
-    """Tries to have the folder; once it has it, resumes and saves at every step."""
+    """Tries to take the folder; then resumes and saves every step."""
     while True:
         try:
-            save_for_ever(report, folder, **options)
+            save_every_step(report, folder, **options)
         except FolderInUseError:
             time.sleep(0.01)
 
 
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"sharded": True}], ids=["file", "background", "sharded"])
 def test_two_writers_a_reader_and_a_killer(tmp_path, options):
-    """Whoever is killed, nothing that was reported as saved is ever lost."""
+    """Nothing that was reported as saved is lost, whichever writer is killed."""
     folder, draw = tmp_path / "run", random.Random(len(options))
     options = {"size": SIZE, "keep_last": 1, **options}
     notes = [tmp_path / "0", tmp_path / "1"]
@@ -246,4 +274,4 @@ def test_two_writers_a_reader_and_a_killer(tmp_path, options):
     rotation.resume("auto")
     assert assert_of_one_step(trainer) >= best > 0
     assert kills > 3
-    assert [name for name in litter(folder) if not name.startswith("step-")] == []
+    assert [name for name in leftovers(folder) if not name.startswith("step-")] == []

@@ -1,4 +1,4 @@
-"""Processes that are killed just before one chosen system call. Linux only: the kernel's ``ptrace`` stops them there."""
+"""Kills a process just before a chosen system call, with the ``ptrace`` of Linux."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRACEME, SYSCALL, SETOPTIONS, SYSCALL_INFO = 0, 24, 0x4200, 0x420E
 CONTINUE = 7
 STOP_AT_CALLS, FOLLOW_THREADS, DIE_WITH_TRACER = 1, 8, 1 << 20
 ENTRY = 1
-"""What the kernel says of a process that stands before a system call."""
+"""The value of ``op`` for a process that is stopped before a system call."""
 WAIT_FOR_ALL = 0x40000000
 
 CHANGING = {
@@ -32,7 +32,7 @@ CHANGING = {
 
 
 class SyscallInfo(ctypes.Structure):
-    """What the kernel tells about a stopped process: ``struct ptrace_syscall_info``."""
+    """``struct ptrace_syscall_info``: the state of a stopped process."""
 
     _fields_ = [
         ("op", ctypes.c_uint8),
@@ -67,7 +67,7 @@ def killed_before(function, number, every_call=False):
         every_call: counts every system call.
 
     Returns:
-        Whether it came to that call; otherwise it has ended as usual.
+        Whether it was killed; otherwise it has ended without reaching that call.
     """
     pid = os.fork()
     if pid == 0:
@@ -91,7 +91,7 @@ def run_traced(function):
 
 
 def follow(pid, number, changing):
-    """Lets a stopped process run, thread by thread, up to its end or to the call before which it is killed."""
+    """Lets a stopped process and its threads run until it ends, or reaches the call before which it is killed."""
     is_armed, count = False, 0
     while True:
         thread, status = os.waitpid(-1, WAIT_FOR_ALL)
@@ -114,7 +114,7 @@ def follow(pid, number, changing):
 
 
 def is_before(thread, changing):
-    """Whether a thread stands before a system call that counts."""
+    """Whether a thread is stopped before a system call that counts."""
     info = SyscallInfo()
     ptrace(SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.addressof(info))
     return info.op == ENTRY and (changing is None or info.number in changing)
