@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from camshaft.checkpoints.file_load import load_checked, read_json
-from camshaft.checkpoints.files import MANIFEST, CheckpointError, write_durably
+from camshaft.checkpoints.files import MANIFEST, CheckpointError, version_of, write_durably
 from camshaft.checkpoints.names import EARLIEST_TIME, step_of
-from camshaft.checkpoints.recovery import complete_copies
+from camshaft.checkpoints.recovery import complete_copies, temporary_folders
 from camshaft.validation import join_names
 
 __all__ = ["Entry", "INDEX", "Index", "read_index"]
@@ -28,6 +28,9 @@ INDEX = "checkpoints.json"
 
 SHOWN = 5
 """The number of names that a warning lists."""
+
+RETRIES = 10
+"""How often a checkpoint is looked for if a running job replaces it."""
 
 
 @dataclass
@@ -142,8 +145,6 @@ class Index:
         self.entries: list[Entry] = []
         self.identity = uuid.uuid4().hex
         """Marks the checkpoints that were written for this folder."""
-        self.recoverable = complete_copies(folder)
-        """Sharded checkpoints that a killed process has left under a temporary name."""
         self._read()
         self.saves = max((entry.written for entry in self.entries if entry.written < EARLIEST_TIME), default=0)
         """The highest number of a save so far."""
@@ -154,15 +155,16 @@ class Index:
         return self.folder / INDEX
 
     def names(self) -> set[str]:
-        """The names of the checkpoints that are in the folder now. Symbolic links are ignored: they may lead out of it."""
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as items:
-            found = {item.name for item in items if step_of(item.name) is not None and not item.is_symlink()}
-            return found.union(self.recoverable)
-        return set()
+        """The names of the checkpoints that are in the folder now, also of those that have only a temporary name."""
+        first, second = (names_in(self.folder).union(temporary_folders(self.folder).values()) for _ in range(2))
+        return first | second  # a folder that is renamed while it is listed may be missing from one of the two
 
     def path_of(self, name: str) -> Path:
-        """The path of a checkpoint."""
-        return self.recoverable.get(name, self.folder / name)
+        """The path of a checkpoint: a temporary one if a sharded checkpoint is being replaced, or its process was killed."""
+        path = self.folder / name
+        if name.endswith(".pt") or path.exists():
+            return path
+        return complete_copies(self.folder).get(name, path)
 
     def _read(self) -> None:
         try:
@@ -172,7 +174,7 @@ class Index:
         except CheckpointError as error:
             logger.warning("%s, and is rebuilt from the checkpoints", error)
             return self._rebuild()
-        links = links_in(self.folder)
+        links = names_in(self.folder, links=True)
         self.entries = [entry for entry in self.entries if entry.file not in links]
         for mark in self._unlisted():
             if mark.identity == self.identity:
@@ -196,15 +198,22 @@ class Index:
 
     def _unlisted(self) -> list[_Mark]:
         """The good checkpoints that the index lacks, because of a kill between two writes, oldest first."""
-        found = []
-        for name in self.names() - {entry.file for entry in self.entries}:
+        names = self.names() - {entry.file for entry in self.entries}
+        found = [mark for mark in map(self._mark_of, names) if mark is not None]
+        return sorted(found, key=lambda mark: mark.entry.order)
+
+    def _mark_of(self, name: str) -> _Mark | None:
+        """What a checkpoint says about itself; ``None`` if it is damaged, or a copy under another name, which is the user's."""
+        for _ in range(RETRIES):
+            path = self.path_of(name)
+            before = version_of(path)
             with suppress(CheckpointError, OSError, KeyError, TypeError, ValueError, OverflowError):
-                path = self.path_of(name)
                 mark = load_checked(path / MANIFEST if path.is_dir() else path)["rotation"]
                 entry = Entry(**mark["entry"])
-                if entry.file == name and isinstance(mark["identity"], str):  # a copy under another name belongs to the user
-                    found.append(_Mark(mark["identity"], entry))
-        return sorted(found, key=lambda mark: mark.entry.order)
+                return _Mark(mark["identity"], entry) if entry.file == name and isinstance(mark["identity"], str) else None
+            if version_of(path) == before is not None:
+                break
+        return None  # or it was replaced again and again by a running job
 
     def _insert(self, entry: Entry) -> None:
         """Adds an unlisted entry: the kill may have come before the index was written, or before an old file was deleted."""
@@ -237,10 +246,10 @@ class Index:
         return [self.path_of(name) for name in reversed(older + listed + newer)]
 
 
-def links_in(folder: Path) -> set[str]:
-    """The names of checkpoints in a folder that are symbolic links: to anywhere, so that they are not followed."""
+def names_in(folder: Path, links: bool = False) -> set[str]:
+    """The names of the checkpoints in a folder; or of symbolic links, which are not followed: they may lead out of it."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
-        return {item.name for item in items if step_of(item.name) is not None and item.is_symlink()}
+        return {item.name for item in items if step_of(item.name) is not None and item.is_symlink() == links}
     return set()
 
 

@@ -15,13 +15,23 @@ from camshaft.checkpoints.files import MANIFEST, CheckpointError, sync_folder
 from camshaft.checkpoints.names import EARLIEST_TIME, step_of
 from camshaft.checkpoints.sharded_load import load_manifest
 
-__all__ = ["REPLACED", "complete_copies", "recover"]
+__all__ = ["REPLACED", "complete_copies", "recover", "temporary_folders"]
 
 REPLACED = ".old"
 """In the name of a temporary folder: it is a checkpoint that is being replaced."""
 
 TEMPORARY = re.compile(r"\.camshaft-(step-[0-9]+)(\.[0-9a-f]{8})?(\.old)?\.tmp")
 """The temporary folders of a save; earlier versions put no random digits into the name."""
+
+
+def temporary_folders(folder: Path) -> dict[Path, str]:
+    """The temporary folders of saves that have a manifest, and the name of the checkpoint that each belongs to."""
+    found = {}
+    for path in folder.glob(".camshaft-step-*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and step_of(match[1]) is not None and not path.is_symlink() and (path / MANIFEST).is_file():
+            found[path] = match[1]
+    return found
 
 
 def complete_copies(folder: Path) -> dict[str, Path]:
@@ -34,10 +44,8 @@ def complete_copies(folder: Path) -> dict[str, Path]:
         By the name of the checkpoint, the newest complete folder.
     """
     found: dict[str, tuple[tuple[int, bool], Path]] = {}
-    for path in folder.glob(".camshaft-step-*.tmp"):
-        match = TEMPORARY.fullmatch(path.name)
-        name = match[1] if match else ""
-        if step_of(name) is None or os.path.lexists(folder / name) or path.is_symlink() or not (path / MANIFEST).is_file():
+    for path, name in temporary_folders(folder).items():
+        if os.path.lexists(folder / name):
             continue
         with suppress(CheckpointError, OSError, KeyError, TypeError):
             written = int(load_manifest(path)["rotation"]["entry"]["written"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from camshaft.checkpoints.file_load import load_checked
-from camshaft.checkpoints.files import CheckpointError, check_name_lengths
+from camshaft.checkpoints.files import CheckpointError, check_name_lengths, version_of
 from camshaft.checkpoints.index import Index
 from camshaft.checkpoints.retention import best_first
 from camshaft.checkpoints.schema import check_content
@@ -21,8 +24,17 @@ __all__ = ["best_of", "last_of", "load_chosen"]
 
 Result = TypeVar("Result")
 
+SECONDS = 60.0
+"""For how long a checkpoint is tried again if a running job replaces it while it is read."""
+
+REPLACED_TOO_OFTEN = "was replaced each time before it could be read: the running job saves too often, or keeps too few"
+
 MOST_REASONS = 20
 """The number of checkpoints that a message names."""
+
+
+class ReplacedError(Exception):
+    """A checkpoint was replaced or deleted while it was read."""
 
 
 class OtherModelError(CheckpointError, ValueError):
@@ -74,39 +86,88 @@ def load_chosen(
 
     if which == "auto":
         return use_newest(index_of, use)
-    if which != "best":
-        return use(on_rank_zero(lambda: existing(which)))
-    path = on_rank_zero(lambda: existing_best(index_of(), mode))
-    while True:
+    if which == "best":
+        return use_settled(lambda: existing_best(index_of(), mode), use)
+    return use_settled(lambda: existing(which), use)
+
+
+def use_settled(find: Callable[[], Path], use: Callable[[Path], Path]) -> Path:
+    """Restores one checkpoint; tries again if a running job has replaced it in the meantime."""
+    found = on_rank_zero(lambda: with_version(find()))
+    for _ in attempts():
         try:
-            return use(path)
+            return use(found[0])
         except CheckpointError:
-            tried, path = path, on_rank_zero(lambda: existing_best(index_of(), mode))
-            if path == tried:
+            tried, found = found, on_rank_zero(lambda: with_version(find()))
+            if found == tried:
                 raise
+    raise CheckpointError(f"{found[0]} {REPLACED_TOO_OFTEN}")
 
 
 def use_newest(index_of: Callable[[], Index], use: Callable[[Path], Path]) -> Path | None:
     """Restores the newest checkpoint that can be used; a warning names those that are passed over, and why."""
-    tried: list[Path] = []
-    passed_over: list[CheckpointError] = []
-    while (paths := on_rank_zero(lambda: index_of().newest_first())) != tried:
-        tried, passed_over = paths, []
-        for path in paths:
-            try:
-                use(path)
-            except CheckpointError as error:
-                passed_over.append(error)
-                continue
-            if passed_over:
-                text = f"resumed from {path}; passed over: {listing_of(passed_over)}"
-                warnings.warn(text, RuntimeWarning, stacklevel=4)
-            return path
-    if passed_over and isinstance(passed_over[0], OtherModelError):
-        raise passed_over[0]
-    if passed_over:
-        raise CheckpointError(f"no checkpoint in {tried[0].parent} can be used: {listing_of(passed_over)}")
+    paths: list[Path] = []
+    for _ in attempts():
+        tried, paths = paths, on_rank_zero(lambda: index_of().newest_first())
+        passed_over: list[CheckpointError] = []
+        try:
+            path = first_usable(paths, use, passed_over, is_settled=paths == tried)
+        except ReplacedError:
+            continue
+        if path is None and passed_over:
+            raise unusable(paths[0].parent, passed_over)
+        if passed_over:
+            text = f"resumed from {path}; passed over: {listing_of(passed_over)}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return path
+    raise CheckpointError(f"{paths[0]} {REPLACED_TOO_OFTEN}")
+
+
+def first_usable(
+    paths: list[Path], use: Callable[[Path], Path], passed_over: list[CheckpointError], is_settled: bool
+) -> Path | None:
+    """Restores the first of several checkpoints that can be used, and collects the errors of those before it.
+
+    Args:
+        paths: the checkpoints.
+        use: restores one.
+        passed_over: gets the errors.
+        is_settled: whether the folder was listed twice with this result, so that a missing one will not come back.
+
+    Raises:
+        ReplacedError: if a checkpoint was replaced or deleted in the meantime.
+    """
+    for path in paths:
+        before = on_rank_zero(partial(version_of, path))
+        try:
+            return use(path)
+        except CheckpointError as error:
+            after = on_rank_zero(partial(version_of, path))
+            if after != before or (after is None and not is_settled):
+                raise ReplacedError from None
+            passed_over.append(error)
     return None
+
+
+def attempts() -> Iterator[int]:
+    """Counts attempts, for at most a minute on rank 0, but at least three."""
+    deadline = time.monotonic() + SECONDS
+    for number in itertools.count():
+        if not on_rank_zero(lambda: time.monotonic() < deadline) and number >= 3:
+            return
+        yield number
+
+
+def unusable(folder: Path, errors: list[CheckpointError]) -> CheckpointError:
+    """The error for a folder in which no checkpoint can be used."""
+    if isinstance(errors[0], OtherModelError):
+        return errors[0]
+    return CheckpointError(f"no checkpoint in {folder} can be used: {listing_of(errors)}")
+
+
+def with_version(path: Path) -> tuple[Path, tuple[int, int] | None]:
+    """A path, and what tells the file or folder that has it now from its successors."""
+    return path, version_of(path)
 
 
 def listing_of(errors: list[CheckpointError]) -> str:

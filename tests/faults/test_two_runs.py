@@ -1,5 +1,6 @@
 """Several processes and one folder: one writes, the others are rejected or only read."""
 
+import itertools
 import os
 import random
 import signal
@@ -228,6 +229,37 @@ def test_a_reader_next_to_a_run(tmp_path, options):
             other.detach()
             assert assert_of_one_step(trainer) >= reported
             seen.append(trainer.state.optimizer_step)
+        assert child.process.is_alive(), child.error()
+    assert len(seen) > 5
+    assert seen == sorted(seen)
+
+
+def save_one_step_again(report, folder, **options):
+    """Saves step 2 over and over, each time with a new number in it, which is reported afterwards."""
+    trainer, rotation = counting_run(folder, keep_last=1, **options)
+    train(trainer, 2)
+    for number in itertools.count(1):
+        trainer.state.metrics["again"] = float(number)
+        assert rotation.save() is not None
+        report(number)
+
+
+@pytest.mark.parametrize("options", [{}, {"background": True}, {"sharded": True}], ids=["file", "background", "sharded"])
+def test_a_reader_of_a_step_that_is_saved_again_and_again(tmp_path, options):
+    """Every save replaces the only checkpoint; the reader finds the old one or the new one, and never nothing."""
+    folder, seen = tmp_path / "run", []
+    with Child(save_one_step_again, tmp_path / "notes", folder, size=SIZE, **options) as child:
+        child.wait_for(1)
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            reported = max(child.reported)
+            trainer, other = counting_run(tmp_path / "other", size=SIZE)
+            assert CheckpointRotation(folder).resume("auto", trainer) is not None
+            assert CheckpointRotation(folder).last is not None
+            other.detach()
+            assert assert_of_one_step(trainer) == 2
+            assert trainer.state.metrics["again"] >= reported
+            seen.append(trainer.state.metrics["again"])
         assert child.process.is_alive(), child.error()
     assert len(seen) > 5
     assert seen == sorted(seen)
