@@ -120,6 +120,11 @@ class CheckpointWriter:
             index.write(without=entry.file)
         return {"identity": index.identity, "entry": dict(vars(entry))}
 
+    def join(self) -> None:
+        """Waits for a save in the background, and leaves its error to be reported by the next call of another method."""
+        if self._thread is not None:
+            self._thread.join()
+
     def wait(self) -> bool:
         """Waits for a save in the background, if there is one, and reports its error.
 

@@ -40,7 +40,7 @@ class CheckpointRotation(Handler):
 
     A folder belongs to one run at a time: from ``attach`` to ``detach``, or to the end of the process, a lock keeps others out.
     To only read, don't attach: ``CheckpointRotation(dirname).last``, ``.best`` and ``.resume(which, trainer)`` need no lock,
-    never change the folder, and work while another process trains there.
+    never change the folder, and work while another process trains there. On a file system without locks ``attach`` warns.
 
     Args:
         dirname: the folder; it is created if it does not exist.
@@ -228,8 +228,10 @@ class CheckpointRotation(Handler):
         if self.watch is None or not self.watch.is_new(engine):
             return
         score = self.watch.take(engine)
-        is_finite = self.policy.note_score(score, step_of(engine), engine.window_is_open)
-        if is_finite and is_main_process() and is_among_best(score, self.index.entries, self.keep_best, self.mode):
+        if not self.policy.note_score(score, step_of(engine), engine.window_is_open) or not is_main_process():
+            return
+        self.writer.join()  # the other ranks wait: an error is reported where they hear of it
+        if is_among_best(score, self.writer.index.entries, self.keep_best, self.mode):
             self.policy.requested = True
 
     # -- saving -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from camshaft import CheckpointRotation, Events, create_trainer
 from camshaft.checkpoints import writer
 from camshaft.checkpoints.lock import LOCK, FolderInUseError
+from camshaft.cli.integrity import check_folder
 from camshaft.distributed.collectives import world_size
 
 SIZE = 50_000
@@ -227,6 +228,7 @@ def test_a_reader_next_to_a_run(tmp_path, options):
                 warnings.filterwarnings("ignore", message=".*passed over")
                 CheckpointRotation(folder).resume("auto", trainer)
             other.detach()
+            assert check_folder(folder).bad == []
             assert assert_of_one_step(trainer) >= reported
             seen.append(trainer.state.optimizer_step)
         assert child.process.is_alive(), child.error()
@@ -257,6 +259,7 @@ def test_a_reader_of_a_step_that_is_saved_again_and_again(tmp_path, options):
             assert CheckpointRotation(folder).resume("auto", trainer) is not None
             assert CheckpointRotation(folder).last is not None
             other.detach()
+            assert check_folder(folder).bad == []
             assert assert_of_one_step(trainer) == 2
             assert trainer.state.metrics["again"] >= reported
             seen.append(trainer.state.metrics["again"])
@@ -292,6 +295,7 @@ def test_two_writers_a_reader_and_a_killer(tmp_path, options):
                 warnings.filterwarnings("ignore", message=".*passed over")
                 found = CheckpointRotation(folder).resume("auto", trainer)
             other.detach()
+            assert not folder.exists() or check_folder(folder).bad == []
             assert found is not None or best == 0
             assert best == 0 or assert_of_one_step(trainer) >= best
             victim = draw.randrange(2)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from rotations import rotating
 from toys import batches, linear, model_of, same, scripted, sgd, trainer_of, weights
 
@@ -137,6 +137,16 @@ def test_best_and_a_path_resume_that_checkpoint(tmp_path):
     path, checkpoints = rotating(tmp_path, scores=[1])
     assert checkpoints.resume(tmp_path / "step-00000002.pt") == tmp_path / "step-00000002.pt"
     assert path.state.optimizer_step == 2
+
+
+def test_a_trainer_is_restored_by_a_rotation_that_is_not_attached(tmp_path):
+    trainer, _ = rotating(tmp_path, scores=[1, 5, 2], keep_last=9)
+    trainer.run(batches(2), max_epochs=3)
+    reader, fresh = CheckpointRotation(tmp_path, metric="val/score"), trainer_of()
+    assert reader.resume("best", fresh).name == "step-00000004.pt"
+    assert fresh.state.optimizer_step == 4
+    with pytest.raises(TypeError, match="trainer must be a trainer from create_trainer.., got Engine"):
+        reader.resume("best", Engine(lambda engine, batch: None))
 
 
 def flip(path, at=0.5):
