@@ -112,7 +112,7 @@ def output_of(block, page, names):
 
 @contextlib.contextmanager
 def working_directory(folder):
-    """Changes the working directory working_directory the block."""
+    """Changes the working directory inside the block."""
     before = Path.cwd()
     os.chdir(folder)
     try:
