@@ -51,6 +51,8 @@ class Entry:
     """When it was saved, in ISO format: for people. The order does not depend on it."""
     written: int = 0
     """The number of this save in its folder, from 1: it tells which checkpoint is newer."""
+    mode: str | None = None
+    """Whether the ``"max"`` or the ``"min"`` score is the best; ``None`` without a score, or if an earlier version wrote it."""
 
     def __post_init__(self) -> None:
         for name in ("optimizer_step", "iteration", "epoch", "written"):
@@ -61,6 +63,8 @@ class Entry:
             raise ValueError(f"file must be the name of a checkpoint of step {self.optimizer_step}, got {self.file!r}")
         if self.score is not None and not is_finite(self.score):
             raise ValueError(f"score must be a finite number, got {self.score!r}")
+        if self.mode not in (None, "max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {self.mode!r}")
         if not isinstance(self.time, str):
             raise ValueError(f"time must be a text, got {self.time!r}")
         if not isinstance(self.metrics, dict) or not all(

@@ -25,12 +25,21 @@ def step_of(trainer: Any) -> int:
     return step
 
 
-def entry_of(trainer: Any, score: float | None, sharded: bool) -> Entry:
+def entry_of(trainer: Any, score: float | None, mode: str, sharded: bool) -> Entry:
     """The entry for a checkpoint of the trainer as it is now, with its metrics that are numbers."""
     state, step = trainer.state, step_of(trainer)
     metrics = {name: finite(value) for name, value in state.metrics.items()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Entry(file_name(step, sharded), step, state.iteration, state.epoch, score, metrics, when)
+    return Entry(
+        file_name(step, sharded),
+        step,
+        state.iteration,
+        state.epoch,
+        score,
+        metrics,
+        when,
+        mode=None if score is None else mode,
+    )
 
 
 def finite(value: Any) -> float | None:

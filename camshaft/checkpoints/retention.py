@@ -6,13 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from camshaft.checkpoints.index import Entry
 
-__all__ = ["best_first", "is_among_best", "retained"]
+__all__ = ["best_first", "is_among_best", "mode_of", "retained"]
 
 
 def best_first(entries: Iterable[Entry], mode: str) -> list[Entry]:
     """The entries with a score, best first; of equal scores the earlier first."""
     scored = [entry for entry in entries if entry.score is not None]
     return sorted(scored, key=lambda entry: entry.score or 0.0, reverse=mode == "max")
+
+
+def mode_of(entries: Sequence[Entry], default: str) -> str:
+    """The mode by which the newest score was saved; ``default`` if no entry has one."""
+    return next((entry.mode for entry in reversed(entries) if entry.mode is not None), default)
 
 
 def is_among_best(score: float, entries: Iterable[Entry], keep_best: int, mode: str) -> bool:

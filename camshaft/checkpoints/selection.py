@@ -55,7 +55,7 @@ def best_of(index: Index, mode: str) -> Path | None:
 def load_chosen(
     index_of: Callable[[], Index],
     which: str | os.PathLike[str],
-    mode: str,
+    mode_for: Callable[[Index], str],
     reference: Reference,
     restore: Callable[[Any], None],
 ) -> Path | None:
@@ -66,7 +66,7 @@ def load_chosen(
     Args:
         index_of: reads what the folder holds now.
         which: ``"auto"``, ``"best"`` or a path.
-        mode: whether the ``"max"`` or the ``"min"`` score is the best.
+        mode_for: tells whether the ``"max"`` or the ``"min"`` score of an index is the best.
         reference: see :func:`~camshaft.checkpoints.sharded_load.load_shards`.
         restore: restores the trainer from a content, or raises and changes nothing.
 
@@ -87,7 +87,7 @@ def load_chosen(
     if which == "auto":
         return use_newest(index_of, use)
     if which == "best":
-        return use_settled(lambda: existing_best(index_of(), mode), use)
+        return use_settled(lambda: existing_best(index_of(), mode_for), use)
     return use_settled(lambda: existing(which), use)
 
 
@@ -199,9 +199,9 @@ def existing(which: str | os.PathLike[str]) -> Path:
     return path
 
 
-def existing_best(index: Index, mode: str) -> Path:
+def existing_best(index: Index, mode_for: Callable[[Index], str]) -> Path:
     """The best checkpoint, if there is one."""
-    path = best_of(index, mode)
+    path = best_of(index, mode_for(index))
     if path is None:
         raise CheckpointError(f"there is no best checkpoint in {index.folder}: none was saved with a finite score")
     return path

@@ -14,7 +14,7 @@ from camshaft.checkpoints.index import Entry, Index
 from camshaft.checkpoints.lock import FolderLock
 from camshaft.checkpoints.optimizer_checks import check_optimizers
 from camshaft.checkpoints.progress import entry_of, moment_of, step_of
-from camshaft.checkpoints.retention import is_among_best, retained
+from camshaft.checkpoints.retention import is_among_best, mode_of, retained
 from camshaft.checkpoints.save_policy import SavePolicy
 from camshaft.checkpoints.selection import best_of, last_of, load_chosen
 from camshaft.checkpoints.sharded_save import save_shards
@@ -23,6 +23,7 @@ from camshaft.distributed.collectives import is_main_process, on_rank_zero
 from camshaft.events import Events, Priority, split
 from camshaft.handler import Handler, Listener, on
 from camshaft.metrics import MetricWatch, check_mode
+from camshaft.validation import check_count, check_positive
 
 __all__ = ["CheckpointRotation"]
 
@@ -47,7 +48,7 @@ class CheckpointRotation(Handler):
         keep_last: how many of the newest checkpoints are kept.
         keep_best: how many of the best are kept in addition, by ``metric``.
         metric: the name of the score in ``state.metrics``.
-        mode: ``"max"`` if more is better, ``"min"`` if less is.
+        mode: ``"max"`` if more is better, ``"min"`` if less is. Without ``metric`` a reader uses the mode of the run.
         every: the event, or events, at which a checkpoint is requested.
         every_minutes: requests one whenever this many minutes have passed since the last one, too.
         background: a thread writes while training continues. The tensors are copied first, one save runs at a time, and the end
@@ -89,16 +90,13 @@ class CheckpointRotation(Handler):
         if background and sharded:
             raise ValueError("background and sharded exclude each other: the ranks write their parts at the same time")
         check_mode(mode, metric)
-        for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self.keep_last, self.keep_best = check_count(keep_last, "keep_last"), check_count(keep_best, "keep_best", minimum=0)
         if keep_best and metric is None:
             raise ValueError("keep_best needs metric, the name of the score in state.metrics, such as 'val/accuracy'")
-        if every_minutes is not None and not every_minutes > 0:
-            raise ValueError(f"every_minutes must be a positive number, got {every_minutes!r}")
+        if every_minutes is not None:
+            check_positive(every_minutes, "every_minutes")
         self.folder = Path(dirname).absolute()  # so that a later chdir() changes nothing
-        self.keep_last, self.keep_best, self.mode = keep_last, keep_best, mode
-        self.every, self.policy = split(every), SavePolicy(every_minutes)
+        self.mode, self.every, self.policy = mode, split(every), SavePolicy(every_minutes)
         self.watch = None if metric is None else MetricWatch(metric, "CheckpointRotation")
         self.background, self.sharded = background, sharded
         self._lock = FolderLock(self.folder)
@@ -153,8 +151,12 @@ class CheckpointRotation(Handler):
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint with the best score."""
-        return best_of(self.index, self.mode)
+        """The checkpoint with the best score; without ``metric``, by the mode of the run that saved it."""
+        index = self.index
+        return best_of(index, self._mode_for(index))
+
+    def _mode_for(self, index: Index) -> str:
+        return self.mode if self.watch is not None else mode_of(index.entries, self.mode)
 
     # -- when to save -------------------------------------------------------------------------------------------------
 
@@ -264,7 +266,7 @@ class CheckpointRotation(Handler):
     def _save(self) -> Path | None:
         engine = self.engine
         self.policy.requested = False
-        entry = entry_of(engine, self.policy.take_score(step_of(engine), engine.window_is_open), self.sharded)
+        entry = entry_of(engine, self.policy.take_score(step_of(engine), engine.window_is_open), self.mode, self.sharded)
         content = engine.checkpoint(self.sharded)
         path = self._write_shards(content, entry) if self.sharded else on_rank_zero(lambda: self.writer.write(content, entry))
         if path is not None:
@@ -315,7 +317,7 @@ class CheckpointRotation(Handler):
             check_optimizers(engine.phases, content)
             engine.restore(content)
 
-        path = load_chosen(lambda: self.index, which, self.mode, engine.sharding_reference, restore)
+        path = load_chosen(lambda: self.index, which, self._mode_for, engine.sharding_reference, restore)
         if path is None:
             return None
         logger.info("resumed from %s: epoch %d, step %d", path, engine.state.epoch, engine.state.optimizer_step)

@@ -149,6 +149,23 @@ def test_a_trainer_is_restored_by_a_rotation_that_is_not_attached(tmp_path):
         reader.resume("best", Engine(lambda engine, batch: None))
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("min", 2), ("max", 4)])
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_a_reader_without_a_metric_uses_the_mode_of_the_run(mode, expected, index, tmp_path):
+    trainer, checkpoints = rotating(tmp_path, scores=[1, 5, 2], keep_last=9, mode=mode)
+    trainer.run(batches(2), max_epochs=3)
+    if index == "lost":
+        (tmp_path / "checkpoints.json").unlink()
+    reader, fresh = CheckpointRotation(tmp_path), trainer_of()
+    assert reader.best.name == reader.resume("best", fresh).name == f"step-{expected:08d}.pt"
+
+
+def test_a_reader_with_a_metric_uses_its_own_mode(tmp_path):
+    trainer, _ = rotating(tmp_path, scores=[1, 5, 2], keep_last=9)
+    trainer.run(batches(2), max_epochs=3)
+    assert CheckpointRotation(tmp_path, metric="val/score", mode="min").best.name == "step-00000002.pt"
+
+
 def flip(path, at=0.5):
     data = bytearray(path.read_bytes())
     data[int(len(data) * at)] ^= 1

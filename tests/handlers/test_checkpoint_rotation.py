@@ -236,6 +236,7 @@ def test_an_entry_of_the_index(tmp_path):
     (entry,) = json.loads((tmp_path / "checkpoints.json").read_text())["checkpoints"]
     assert entry.pop("time").startswith("20")
     assert isinstance(entry.pop("written"), int)
+    assert entry.pop("mode") == "max"
     assert entry == {
         "file": "step-00000002.pt",
         "optimizer_step": 2,
@@ -270,8 +271,8 @@ def test_a_metric_that_never_appears_raises(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"keep_last": 0}, "keep_last must be an integer of at least 1, got 0"),
-        ({"keep_last": 1.5}, "keep_last must be an integer of at least 1, got 1.5"),
+        ({"keep_last": 0}, "keep_last must be a positive integer, got 0"),
+        ({"keep_last": 1.5}, "keep_last must be a positive integer, got 1.5"),
         ({"keep_best": -1}, "keep_best must be an integer of at least 0, got -1"),
         ({"keep_best": 1}, "keep_best needs metric"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
