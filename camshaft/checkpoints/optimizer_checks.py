@@ -15,6 +15,29 @@ __all__ = ["check_optimizers"]
 OTHER_SHAPES = ("LBFGS", "Adafactor", "Muon")
 """The optimizers of torch whose state has other shapes than the parameters."""
 
+SCALAR_STATES = ("step", "mu_product", "eta", "mu")
+OPTIONAL_STATES = ("momentum_buffer",)
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+NEEDED_STATES = {
+    "Adadelta": ("step", "square_avg", "acc_delta"),
+    "Adagrad": ("step", "sum"),
+    "Adam": ADAM,
+    "AdamW": ADAM,
+    "Adamax": ("step", "exp_avg", "exp_inf"),
+    "ASGD": ("step", "eta", "mu", "ax"),
+    "NAdam": (*ADAM, "mu_product"),
+    "RAdam": ADAM,
+    "RMSprop": ("step", "square_avg"),
+    "Rprop": ("step", "prev", "step_size"),
+    "SparseAdam": ADAM,
+}
+"""What each optimizer of torch reads in its step from a state that is not empty."""
+
+NEEDED_WITH = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+"""What it also reads if a setting is on."""
+
 
 def check_optimizers(phases: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     """Checks the optimizers of each phase that a trainer and a checkpoint have; others are reported when it is restored.
@@ -33,6 +56,7 @@ def check_optimizers(phases: Mapping[str, Any], content: Mapping[str, Any]) -> N
             check_settings(state["param_groups"], optimizer, field)
             if type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ not in OTHER_SHAPES:
                 check_states(state["state"], optimizer, field)
+                check_needed(state, type(optimizer).__name__, field)
 
 
 def check_settings(saved: list[dict[str, Any]], optimizer: Optimizer, field: str) -> None:
@@ -86,5 +110,14 @@ def check_states(saved: Mapping[int, Any], optimizer: Optimizer, field: str) -> 
                 )
 
 
-SCALAR_STATES = ("step", "mu_product", "eta", "mu")
-OPTIONAL_STATES = ("momentum_buffer",)
+def check_needed(saved: Mapping[str, Any], kind: str, field: str) -> None:
+    """Each state must hold what the optimizer's step reads; an empty one is filled by the first step."""
+    if kind not in NEEDED_STATES:
+        return
+    for group in saved["param_groups"]:
+        switched = [state for setting, state in NEEDED_WITH.items() if group.get(setting)]
+        for number in group["params"]:
+            state = saved["state"].get(number)
+            missing = [key for key in (*NEEDED_STATES[kind], *switched) if state and key not in state]
+            if missing:
+                raise CheckpointError(f"{field}.state[{number}] lacks {missing[0]!r}, which {kind} needs")

@@ -65,8 +65,9 @@ class StopOnSignal(Handler):
         self.received = signal.Signals(number)
         self.engine.ending = f"{self.received.name} received"
         if CHILD_ENDED is not None and CHILD_ENDED not in self._before:
-            # A signal to the process group ends the workers too, for which torch would raise in the middle of a step.
-            self._before[CHILD_ENDED] = signal.signal(CHILD_ENDED, signal.SIG_DFL)
+            # A signal to the process group ends the workers too, for which torch would raise in the middle of a step. A function
+            # replaces its handler: with SIG_DFL, Python prints a traceback if a worker has ended at the same time.
+            self._before[CHILD_ENDED] = signal.signal(CHILD_ENDED, _ignore)
 
     @on(Events.ITERATION_COMPLETED, priority=Priority.JUDGE)
     def stop_if_received(self, engine: Any) -> None:
@@ -119,3 +120,7 @@ class StopOnSignal(Handler):
             for number, before in self._before.items():
                 signal.signal(number, before)
         self._before = {}
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """A signal handler that does nothing."""

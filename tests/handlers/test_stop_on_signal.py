@@ -223,3 +223,26 @@ def test_it_works_on_a_plain_ignite_engine():
 def test_an_argument_that_is_not_a_signal_is_an_error(signals):
     with pytest.raises(ValueError, match="signals must (be a sequence such as|name at least one)"):
         StopOnSignal(signals)
+
+
+def test_a_worker_that_ends_together_with_the_signal_prints_nothing(capfd):
+    trainer = trainer_of()
+    StopOnSignal().attach(trainer)
+    calls = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: calls.append(number))
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=1))
+    def both():
+        both_signals = {signal.SIGTERM, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, both_signals)
+        for number in both_signals:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both_signals)
+
+    try:
+        with pytest.raises(SystemExit):
+            trainer.run(batches(3))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert capfd.readouterr().err == ""
+    assert calls == []
