@@ -65,8 +65,8 @@ class StopOnSignal(Handler):
         self.received = signal.Signals(number)
         self.engine.ending = f"{self.received.name} received"
         if CHILD_ENDED is not None and CHILD_ENDED not in self._before:
-            # A signal to the process group ends the workers too, for which torch would raise in the middle of a step. A function
-            # replaces its handler: with SIG_DFL, Python prints a traceback if a worker has ended at the same time.
+            # A signal to the process group ends the workers too, for which torch would raise in the middle of a step. A
+            # function replaces torch's: with SIG_DFL, Python prints a traceback if a worker has ended at the same time.
             self._before[CHILD_ENDED] = signal.signal(CHILD_ENDED, _ignore)
 
     @on(Events.ITERATION_COMPLETED, priority=Priority.JUDGE)
