@@ -30,6 +30,7 @@ __all__ = ["CheckpointRotation"]
 logger = logging.getLogger("camshaft")
 
 NOT_ATTACHED = "CheckpointRotation isn't attached to a trainer; call attach(trainer) first"
+NO_TRAINER = f"{NOT_ATTACHED}, or resume(which, trainer) to only read the folder"
 
 
 class CheckpointRotation(Handler):
@@ -307,7 +308,7 @@ class CheckpointRotation(Handler):
         """
         engine = self.engine if trainer is None else trainer
         if engine is None:
-            raise RuntimeError(NOT_ATTACHED)
+            raise RuntimeError(NO_TRAINER)
         if not hasattr(engine, "restore"):
             raise TypeError(f"trainer must be a trainer from create_trainer(), got {type(engine).__name__}")
         if engine.is_running:

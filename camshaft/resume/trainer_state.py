@@ -119,12 +119,13 @@ def load_handlers(trainer: Any, saved: Mapping[str, Any]) -> None:
     removed = [name for name, state in saved.items() if name not in trainer.handlers and state]
     trainer.unclaimed = {name: saved[name] for name in removed}
     if added or removed:
-        parts = [f"{text} {', '.join(names)}" for text, names in (("new since:", added), ("gone:", removed)) if names]
-        warnings.warn(
-            f"resume: the handlers are not those of the checkpoint ({'; '.join(parts)}); the new ones start from scratch, and "
-            "one that is gone is restored if it is attached before run()",
-            stacklevel=4,
+        kinds = (
+            (added, "new since:", "a new one starts from scratch"),
+            (removed, "gone:", "one that is gone is restored if it is attached before run()"),
         )
+        parts = "; ".join(f"{text} {', '.join(names)}" for names, text, _ in kinds if names)
+        effects = ", and ".join(effect for names, _, effect in kinds if names)
+        warnings.warn(f"resume: the handlers are not those of the checkpoint ({parts}); {effects}", stacklevel=4)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
