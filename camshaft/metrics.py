@@ -68,6 +68,8 @@ def as_number(value: Any, what: str) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("float() would read it")
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{what} must be a single number, got {type(value).__name__}: {value!r}") from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from camshaft.events import Events, Priority
 from camshaft.handler import Handler, Listener, on, stop
-from camshaft.metrics import MetricWatch, better, check_mode
+from camshaft.metrics import MetricWatch, as_number, better, check_mode
 from camshaft.validation import check_count, check_non_negative
 
 __all__ = ["EarlyStopping"]
@@ -45,6 +45,17 @@ class EarlyStopping(Handler):
         """The best score so far."""
         self.stale = 0
         """The number of evaluations in a row without improvement."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the best score and the count.
+
+        Raises:
+            TypeError: if one of them is not a number.
+            ValueError: if the count is not an integer of at least 0.
+        """
+        best, stale = state.get("best", self.best), state.get("stale", self.stale)
+        self.best = None if best is None else as_number(best, "EarlyStopping.best")
+        self.stale = check_count(stale, "EarlyStopping.stale", minimum=0)
 
     @on(Events.STARTED)
     def start(self, engine: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from camshaft.events import Events, Priority, StepEvents
 from camshaft.handler import Handler, Listener, on
-from camshaft.metrics import MetricWatch
+from camshaft.metrics import MetricWatch, as_number
 from camshaft.validation import describe_type
 
 if TYPE_CHECKING:
@@ -85,6 +85,18 @@ class LRScheduling(Handler):
                 "make it from the optimizer that you train with"
             )
         self.phase = owners[0]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the scheduler.
+
+        Raises:
+            TypeError: if something that is a number in a scheduler of torch is none in ``state``.
+        """
+        if type(self.scheduler).__module__ == "torch.optim.lr_scheduler":
+            for key, own in self.scheduler.state_dict().items():
+                if type(own) in (int, float) and key in state["scheduler"]:
+                    as_number(state["scheduler"][key], f"scheduler.{key}")
+        super().load_state_dict(state)
 
     def listeners(self) -> Iterator[Listener]:
         """Yields the events at which the scheduler is stepped."""

@@ -284,10 +284,17 @@ class TensorBoard(Handler):
         return {"losses": torch.stack(self._losses) if self._losses else None, "batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the losses since the last point, on the device of the model."""
+        """Restores the losses since the last point, on the device of the model.
+
+        Raises:
+            ValueError: if they are not one number per batch, or their count is not an integer of at least 0.
+        """
         device = None if self.engine is None else list(self.engine.phases.values())[-1].device
-        self._losses = [] if state["losses"] is None else list(state["losses"].to(device))
-        self._batches = state["batches"]
+        losses = state["losses"]
+        if losses is not None and losses.ndim != 1:
+            raise ValueError(f"TensorBoard.losses must have one dimension, got the shape {tuple(losses.shape)}")
+        self._batches = check_count(state["batches"], "TensorBoard.batches", minimum=0)
+        self._losses = [] if losses is None else list(losses.to(device))
 
     def on_detach(self, engine: Any) -> None:
         """Closes the file."""
