@@ -1,17 +1,18 @@
-"""Points of the training curves: gathered on the device, summed over ranks, fetched in one transfer."""
+"""Points of the training curves: gathered on the device, summed over ranks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
 
 from camshaft.distributed.collectives import all_gather_object, all_reduce, all_reduce_max, world_size
+from camshaft.readback import Readback
 
-__all__ = ["Point", "as_numbers", "flatten_metrics", "sum_over_ranks", "to_floats"]
+__all__ = ["Point", "as_numbers", "flatten_metrics", "sum_over_ranks"]
 
 
 class Point(NamedTuple):
@@ -79,19 +80,7 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             warnings.warn(f"TensorBoard: the metric {name!r} is a {type(value).__name__}, not a number", stacklevel=2)
 
 
-def to_floats(values: Sequence[Any]) -> Iterator[float]:
-    """The values as floats, in order; tensors are fetched in one transfer."""
-    tensors = [value.detach() for value in values if isinstance(value, torch.Tensor)]
-    if not tensors:
-        return map(float, values)
-    device = tensors[0].device
-    if any(value.dtype != torch.float32 or value.dim() or value.device != device for value in tensors):
-        tensors = [value.to(device, torch.float32).reshape(()) for value in tensors]
-    numbers = iter(torch.stack(tensors).tolist())
-    return iter([next(numbers) if isinstance(value, torch.Tensor) else float(value) for value in values])
-
-
 def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Every number in metrics by name."""
     found = dict(flatten_metrics(metrics))
-    return dict(zip(found, to_floats(list(found.values())), strict=True))
+    return dict(zip(found, Readback(list(found.values())).floats(), strict=True))

@@ -143,6 +143,9 @@ class Execution(Protocol):
     def step(self, phase: PhaseLike) -> None:
         """Runs the step of the phase's optimizers."""
 
+    def after_step(self, phase: PhaseLike, settings: Hashable, written: list[torch.Tensor], work: Callable[[], None]) -> None:
+        """Calls ``work``, which reads the new weights, writes the tensors in ``written``, and depends on ``settings`` alone."""
+
     def check_event(self, event: Any) -> None:
         """Raises ``ValueError`` if no handler can run on this event."""
 

@@ -30,7 +30,7 @@ LAYERS = [
     ["camshaft.keras_callbacks"],
     ["camshaft.distributed.collectives", "camshaft.distributed.dtensors", "camshaft.distributed.failures"],
     ["camshaft.validation", "camshaft.metrics", "camshaft.optimizers", "camshaft.tensorboard_tags"],
-    ["camshaft.events", "camshaft.models", "camshaft.pytree", "camshaft.rng", "camshaft.serialization"],
+    ["camshaft.events", "camshaft.models", "camshaft.pytree", "camshaft.readback", "camshaft.rng", "camshaft.serialization"],
 ]
 """From the top to the bottom. A folder stands for all of its files that are not listed by themselves.
 

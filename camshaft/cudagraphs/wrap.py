@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ STEP = Kind(
     "the settings of the parameter groups; keep betas and momentum constant (cycle_momentum=False), and if the learning rate "
     "changes with each step use Adam, AdamW or SGD(..., fused=True), which read it on the device",
 )
+AFTER_STEP = Kind("the average of the weights", "its decay rate and the memory of the average")
 
 MAX_INVALIDATIONS = 10
 """The number of invalidations after which a warning reports them."""
@@ -246,11 +247,25 @@ class CudaGraphExecution:
         has_no_grad = tuple([p.grad is None for p in phase.parameters()])  # a parameter's first step creates its state
         self._run(phase, STEP, (has_no_grad, *[group_settings(optimizer) for optimizer in phase.optimizers]), run_step)
 
-    def _run(self, phase: PhaseLike, kind: Kind, settings: Hashable, work: Callable[[], Any]) -> Any:
+    def after_step(self, phase: PhaseLike, settings: Hashable, written: list[torch.Tensor], work: Callable[[], None]) -> None:
+        """Does some work with the new weights, which may be captured if the step before it is."""
+        if not self._steps_are_captured:
+            return work()
+        self._run(phase, AFTER_STEP, (settings, *map(torch.Tensor.data_ptr, written)), work, written)
+        return None
+
+    def _run(
+        self,
+        phase: PhaseLike,
+        kind: Kind,
+        settings: Hashable,
+        work: Callable[[], Any],
+        written: Sequence[torch.Tensor] = (),
+    ) -> Any:
         self._check_cheap_guards(phase, with_weights=kind is STEP)
         if not (self.graphs.should_capture(kind, settings) and self._has_static_grads(phase)):
             return work()
-        graph = self.graphs.get(kind, settings) or self._capture(phase, kind, settings, work, [])
+        graph = self.graphs.get(kind, settings) or self._capture(phase, kind, settings, work, [], written)
         if graph is None:
             return work()
         graph.replay()
@@ -259,13 +274,19 @@ class CudaGraphExecution:
     # -- capture and guards -------------------------------------------------------------------------------------------
 
     def _capture(
-        self, phase: PhaseLike, kind: Kind, key: Hashable, work: Callable[[], Any], inputs: list[torch.Tensor]
+        self,
+        phase: PhaseLike,
+        kind: Kind,
+        key: Hashable,
+        work: Callable[[], Any],
+        inputs: list[torch.Tensor],
+        written: Sequence[torch.Tensor] = (),
     ) -> CapturedGraph | None:
         """Captures some work; ``None`` if the guards of the other graphs have changed."""
         guards = Guards(phase)
         if self._guards_changed(phase, guards):
             return None
-        held = [*guards.tensors, *self._lrs.tensors, *[grad for grad in self.static_grads if grad is not None]]
+        held = [*guards.tensors, *self._lrs.tensors, *written, *[grad for grad in self.static_grads if grad is not None]]
         try:
             graph = self.graphs.capture(kind, key, work, inputs, held)
             changed = Guards(phase).changed(guards)

@@ -33,6 +33,10 @@ class EagerExecution:
         for optimizer in phase.optimizers:
             optimizer.step()
 
+    def after_step(self, phase: PhaseLike, settings: Hashable, written: list[torch.Tensor], work: Callable[[], None]) -> None:
+        """Does some work with the new weights."""
+        work()
+
     def check_event(self, event: Any) -> None:
         """Does nothing: every event fires."""
 

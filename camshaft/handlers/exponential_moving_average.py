@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from camshaft.distributed.dtensors import distribute_like, local_tensor
-from camshaft.events import Priority, StepEvents
+from camshaft.events import Events, Priority, StepEvents
 from camshaft.handler import Handler, on
 from camshaft.models import (
     is_sharded,
@@ -30,8 +29,9 @@ __all__ = ["ExponentialMovingAverage"]
 class ExponentialMovingAverage(Handler):
     """Keeps an exponential moving average of the weights, updated once per completed optimizer step.
 
-    Uses torch's ``AveragedModel``; buffers (BatchNorm statistics) are copied. The average is saved in every checkpoint. Under
-    FSDP2 each rank averages its shards, and :meth:`swapped_in` must be used on every rank.
+    The first update copies the weights, as torch's ``AveragedModel`` does; buffers (BatchNorm statistics) are always copied.
+    Nothing waits for the device. The average is saved in every checkpoint. Under FSDP2 each rank averages its shards, and
+    :meth:`swapped_in` must be used on every rank.
 
     Args:
         decay: the decay rate, between 0 and 1: ``average = decay * average + (1 - decay) * weights``.
@@ -55,7 +55,7 @@ class ExponentialMovingAverage(Handler):
         self.decay, self.phase = as_float(decay), phase
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must be a number between 0 and 1, got {decay!r}")
-        self.averaged: AveragedModel | ShardedAverage | None = None
+        self.averaged: ModuleAverage | ShardedAverage | None = None
         self._model: nn.Module | None = None
         self._phase_name = ""
 
@@ -82,8 +82,14 @@ class ExponentialMovingAverage(Handler):
         if self.averaged is None and is_sharded(self._model):
             self.averaged = ShardedAverage(self._model, self.decay)
         elif self.averaged is None:
-            self.averaged = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
-            self.averaged.requires_grad_(False)
+            self.averaged = ModuleAverage(self._model, self.decay)
+
+    @on(Events.EPOCH_STARTED)
+    def look_up_tensors(self, engine: Any) -> None:
+        """Finds the tensors to average: the model may have got others since the last epoch."""
+        assert self.averaged is not None
+        assert self._model is not None
+        self.averaged.look_up_tensors(self._model)
 
     @on(StepEvents.OPTIMIZER_STEP_COMPLETED, priority=Priority.AVERAGE)
     def update(self, engine: Any) -> None:
@@ -92,11 +98,8 @@ class ExponentialMovingAverage(Handler):
             return
         assert self.averaged is not None
         assert self._model is not None
-        self.averaged.update_parameters(self._model)
-        if isinstance(self.averaged, ShardedAverage):
-            return
-        for average, buffer in zip(self.averaged.module.buffers(), self._model.buffers(), strict=True):
-            average.copy_(buffer)
+        phase = engine.phases[self._phase_name]
+        self.averaged.update(self._model, phase)
 
     @contextmanager
     def swapped_in(self) -> Iterator[nn.Module]:
@@ -122,7 +125,7 @@ class ExponentialMovingAverage(Handler):
         """The averaged weights and the number of updates."""
         if self.averaged is None:
             return {}
-        return {"module": self._averaged_state(), "updates": self.averaged.n_averaged}
+        return {"module": self._averaged_state(), "updates": torch.tensor(self.averaged.updates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the average from a checkpoint."""
@@ -132,11 +135,57 @@ class ExponentialMovingAverage(Handler):
             self.averaged.load(state["module"])
         else:
             load_plain_state_dict(self.module, state["module"])
-        self.averaged.n_averaged.copy_(state["updates"])
+        self.averaged.updates = int(state["updates"])
+
+
+class ModuleAverage:
+    """The average of a model as a copy of it.
+
+    Args:
+        model: the model.
+        decay: the decay rate of the average.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.updates = copy.deepcopy(model).requires_grad_(False), decay, 0
+        self.look_up_tensors(model)
+
+    def look_up_tensors(self, model: nn.Module) -> None:
+        """Lists the tensors that are averaged and those that are copied, because walking through a model takes time."""
+        parameters = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        self._averaged = grouped((own, p) for own, p in parameters if p.is_floating_point() or p.is_complex())
+        self._copied = grouped((own, p) for own, p in parameters if not (p.is_floating_point() or p.is_complex()))
+        self._buffers = grouped(zip(self.module.buffers(), model.buffers(), strict=True))
+        self._written = [own for group in (*self._averaged, *self._copied, *self._buffers) for own in group[0]]
+
+    def update(self, model: nn.Module, phase: Any) -> None:
+        """Updates the average with the new weights of a phase."""
+        is_first, groups = self.updates == 0, self._averaged
+        copied = [*self._copied, *self._buffers, *(groups if is_first else [])]
+
+        @torch.no_grad()
+        def write() -> None:
+            for averages, weights in () if is_first else groups:
+                torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            for copies, originals in copied:
+                torch._foreach_copy_(copies, originals)
+
+        phase.execution.after_step(phase, (is_first, self.decay), self._written, write)
+        self.updates += 1
+
+
+def grouped(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Pairs of tensors as two lists for each device and dtype, which is what torch has fast kernels for."""
+    groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for own, other in pairs:
+        owns, others = groups.setdefault((own.device, own.dtype, other.device, other.dtype), ([], []))
+        owns.append(own)
+        others.append(other)
+    return list(groups.values())
 
 
 class ShardedAverage:
-    """The average of a model under FSDP2: what ``AveragedModel`` does, applied to the shards of each rank.
+    """The average of a model under FSDP2: the same, applied to the shards of each rank.
 
     Args:
         model: the model under ``fully_shard``.
@@ -147,12 +196,15 @@ class ShardedAverage:
         self.decay = decay
         self.state: dict[str, Any] = copy.deepcopy(plain_state_dict(model))
         """The averaged parameters and the copied buffers, sharded like those of the model."""
-        self.n_averaged = torch.tensor(0)
+        self.updates = 0
+
+    def look_up_tensors(self, model: nn.Module) -> None:
+        """Does nothing: the shards are looked up at each update."""
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, phase: Any) -> None:
         """Updates the average with the new weights and copies the buffers; the first update copies the weights too."""
-        trained = plain_named_parameters(model) if self.n_averaged else {}
+        trained = plain_named_parameters(model) if self.updates else {}
         averages: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
         for name, value in plain_state_dict(model).items():
@@ -163,7 +215,7 @@ class ShardedAverage:
                 local_tensor(self.state[name]).copy_(local_tensor(value))
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        self.n_averaged += 1
+        self.updates += 1
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Loads a saved average, full or sharded; every rank must call it."""

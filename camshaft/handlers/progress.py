@@ -11,6 +11,7 @@ import torch
 from camshaft.distributed.collectives import is_main_process
 from camshaft.events import Events, Priority
 from camshaft.handler import Handler, on
+from camshaft.readback import Readback
 
 __all__ = ["Progress"]
 
@@ -18,7 +19,8 @@ __all__ = ["Progress"]
 class Progress(Handler):
     """Shows a tqdm progress bar for each epoch, with the loss and the iterations per second.
 
-    It reads the loss from the device only when it redraws. With several processes rank 0 draws the bar, with its own loss.
+    It never waits for the device: a redraw shows the loss that has arrived since the last one, and only the final bar of an
+    epoch waits for its own. With several processes rank 0 draws the bar, with its own loss.
 
     Args:
         every_seconds: the minimum time between two redraws.
@@ -45,6 +47,8 @@ class Progress(Handler):
             self.options["disable"] = True
         self.bar: Any = None
         self._next = 0.0
+        self._shown: dict[str, str] = {}
+        self._reading: tuple[list[str], Readback] | None = None
 
     @on(Events.EPOCH_STARTED, priority=Priority.LOG)
     def open(self, engine: Any, done: int = 0) -> None:
@@ -69,34 +73,53 @@ class Progress(Handler):
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self.every_seconds
-            self._draw(engine.state)
+            self._take_if_ready()
+            if self._reading is None:
+                self._read(numbers_in(engine.state.output))
+                self._take_if_ready()
+            self._draw()
 
     @on(Events.EPOCH_COMPLETED | Events.TERMINATE | Events.COMPLETED | Events.EXCEPTION_RAISED, priority=Priority.LOG)
     def close(self, engine: Any, *_: Any) -> None:
         """Draws the final state of the epoch, with the metrics, and closes the bar."""
         if self.bar is not None:
-            self._draw(engine.state, with_metrics=self.metrics)
+            state = engine.state
+            self._read(numbers_in(state.output) | (numbers_in(state.metrics) if self.metrics else {}))
+            self._take()
+            self._draw()
             self.bar.close()
             self.bar = None
+            self._shown = {}
 
     def on_detach(self, engine: Any) -> None:
         """Closes the bar."""
         self.close(engine)
 
-    def _draw(self, state: Any, with_metrics: bool = False) -> None:
-        shown = shown_values(state.output)
-        if with_metrics:
-            shown |= shown_values(state.metrics)
-        self.bar.set_postfix(shown, refresh=False)
+    def _read(self, numbers: dict[str, Any]) -> None:
+        """Starts to copy numbers to the host."""
+        self._reading = list(numbers), Readback(list(numbers.values()))
+
+    def _take_if_ready(self) -> None:
+        if self._reading is not None and self._reading[1].is_ready():
+            self._take()
+
+    def _take(self) -> None:
+        """Shows the numbers that have been copied; waits for them."""
+        assert self._reading is not None
+        names, numbers = self._reading
+        self._reading = None
+        self._shown = {name: f"{number:.4g}" for name, number in zip(names, numbers.floats(), strict=True)}
+
+    def _draw(self) -> None:
+        self.bar.set_postfix(self._shown, refresh=False)
         self.bar.update(self._count - self.bar.n)
 
 
-def shown_values(values: Any) -> dict[str, str]:
-    """Formats the numbers in an output or in metrics."""
+def numbers_in(values: Any) -> dict[str, Any]:
+    """The numbers in an output or in metrics, by name."""
     named = values if isinstance(values, Mapping) else {"loss": values}
-    numbers = {
-        name: float(value)
+    return {
+        name: value
         for name, value in named.items()
         if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
     }
-    return {name: f"{number:.4g}" for name, number in numbers.items()}

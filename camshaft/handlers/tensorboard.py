@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from camshaft.distributed.collectives import is_main_process, world_size
 from camshaft.distributed.dtensors import local_tensor
 from camshaft.events import Events, Priority, StepEvents
 from camshaft.handler import Handler, Listener, on
-from camshaft.points import Point, as_numbers, flatten_metrics, sum_over_ranks, to_floats
+from camshaft.points import Point, as_numbers, flatten_metrics, sum_over_ranks
 from camshaft.pytree import num_samples
+from camshaft.readback import Readback
 from camshaft.tensorboard_tags import CYCLE, ENDED, finished, layout
 from camshaft.validation import check_count
 
@@ -42,8 +44,9 @@ class TensorBoard(Handler):
     - ``train/samples_per_second``: the speed of training, without evaluation.
 
     New values in ``state.metrics`` are written under their names when they appear. Values stay on the device; the points of
-    about one second are fetched in one transfer and written together. A resumed run continues in the same folder. With several
-    processes rank 0 writes the losses and samples of all ranks; a value that only some ranks have is averaged over those.
+    about one second are copied to the host in one transfer, and written when they have arrived: no step waits for them. A
+    resumed run continues in the same folder. With several processes rank 0 writes the losses and samples of all ranks; a value
+    that only some ranks have is averaged over those.
 
     Args:
         log_dir: the folder of this run.
@@ -94,6 +97,7 @@ class TensorBoard(Handler):
         self._is_laid_out = False
         self._points: list[Point] = []
         self._held = 0
+        self._readings: deque[tuple[list[Point], float, Readback]] = deque()
 
     def listeners(self) -> Iterator[Listener]:
         """Yields the events of the points and of new metrics."""
@@ -123,6 +127,7 @@ class TensorBoard(Handler):
         self._version = state.metrics.version
         if not resumed:
             self._losses, self._batches = [], 0
+        self._samples = 0
         self._restart_clock()
         if not is_main_process():
             return
@@ -154,6 +159,8 @@ class TensorBoard(Handler):
                 self._losses = [torch.stack(self._losses).sum()]
         if state.phase == engine.primary.name:
             self._samples += num_samples(state.batch) or 0
+        if self._readings:
+            self._write_readings()
 
     def write_scalars(self, engine: Any) -> None:
         """Buffers one point of each training curve, and writes the buffered points if it is time."""
@@ -176,17 +183,32 @@ class TensorBoard(Handler):
         self._points.append(point)
         self._held += len(losses) + len(values)
         if self._held >= MAX_BUFFERED_TENSORS or self._seconds + time.perf_counter() - self._since >= FLUSH_AFTER_SECONDS:
-            self._flush_points()
+            self._read_points()
+            self._write_readings()
 
     def _flush_points(self) -> None:
-        """Fetches the buffered points in one transfer, and writes them."""
+        """Writes all buffered points; waits for the device."""
+        self._read_points()
+        self._write_readings(wait=True)
+
+    def _read_points(self) -> None:
+        """Starts to copy the buffered points to the host, in one transfer."""
         points, self._points, self._held = self._points, [], 0
-        if not points:
-            return
-        numbers = to_floats([value for point in points for value in (*point.losses, point.samples, *point.values.values())])
-        self._seconds += time.perf_counter() - self._since  # the host has waited for the device, so this is the true rate
+        if points:
+            values = [value for point in points for value in (*point.losses, point.samples, *point.values.values())]
+            self._readings.append((points, self._samples * self._world, Readback(values)))
+            self._samples = 0
+
+    def _write_readings(self, wait: bool = False) -> None:
+        """Writes the points that have arrived on the host, in order."""
+        while self._readings and (wait or self._readings[0][2].is_ready()):
+            self._write_points(*self._readings.popleft())
+
+    def _write_points(self, points: list[Point], samples: float, readback: Readback) -> None:
+        numbers = iter(readback.floats())
+        self._seconds += time.perf_counter() - self._since  # the device has come so far, so this is the true rate
         rows = [[next(numbers) for _ in range(len(point.losses) + 1 + len(point.values))] for point in points]
-        samples = self._samples * self._world + sum(row[len(point.losses)] for point, row in zip(points, rows, strict=True))
+        samples += sum(row[len(point.losses)] for point, row in zip(points, rows, strict=True))
         rate = {"train/samples_per_second": samples / self._seconds} if samples and self._seconds > 0 else {}
         for point, row in zip(points, rows, strict=True):
             count = len(point.losses)
@@ -195,7 +217,7 @@ class TensorBoard(Handler):
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._samples, self._since, self._seconds = 0, time.perf_counter(), 0.0
+        self._since, self._seconds = time.perf_counter(), 0.0
 
     def _write(self, values: Mapping[str, float], step: int, when: float | None = None) -> None:
         """Writes one event with all values, which takes a tenth of the time of one event for each."""

@@ -73,7 +73,7 @@ def test_handlers_of_the_package_work(tmp_path):
         TensorBoard(tmp_path / str(len(averages)), every=2).attach(trainer)
         averages.append(ExponentialMovingAverage(0.5).attach(trainer))
 
-    assert_same(5, prepare=prepare, accumulation_steps=2, clip_grad_norm=0.5, clip_grad_value=0.125)
+    assert_same(6, prepare=prepare, accumulation_steps=2, clip_grad_norm=0.5, clip_grad_value=0.125)
     assert same(*(weights(average.module) for average in averages))
 
 
