@@ -31,6 +31,8 @@ def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     Returns:
         The same structure with the results. An object with a ``to`` method is returned unchanged.
     """
+    if batch is None:  # the usual case of what is not a tensor, on the hot path
+        return None
     if isinstance(batch, torch.Tensor):
         return function(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -106,6 +108,8 @@ def signature(batch: Any, found: list[torch.Tensor]) -> Hashable:
     Raises:
         TypeError: if something that is not a tensor is not hashable.
     """
+    if batch is None or type(batch) is float:
+        return batch
     if isinstance(batch, torch.Tensor):
         found.append(batch)
         if batch.is_nested:

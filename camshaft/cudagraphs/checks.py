@@ -113,13 +113,15 @@ def group_settings(optimizer: Optimizer) -> Hashable:
     """The settings of an optimizer's parameter groups that a captured step depends on."""
     excluded = ("params", "param_names", "lr") if supports_tensor_lr(optimizer) else ("params", "param_names")
     return tuple(
-        (len(group["params"]), *[(name, setting_key(value)) for name, value in group.items() if name not in excluded])
+        (len(group["params"]), *[setting_key(value) for name, value in group.items() if name not in excluded])
         for group in optimizer.param_groups
     )
 
 
 def setting_key(setting: Any) -> Hashable:
     """What a graph captures of a setting: the identity of a tensor on its device, the value of anything else."""
+    if setting is None or type(setting) in (bool, int, float):  # the usual case, on the hot path
+        return setting
     if isinstance(setting, torch.Tensor) and setting.device.type == "cpu":
         return tuple(setting.reshape(-1).tolist())
     return setting if isinstance(setting, Hashable) else repr(setting)

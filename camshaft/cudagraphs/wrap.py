@@ -95,6 +95,7 @@ class CudaGraphExecution:
         """For each parameter of the phase the gradient that the graphs write; ``None`` for a parameter without one."""
         self.grads_are_static = False
         """Whether the gradients of the open window are these."""
+        self._static_tensors: list[torch.Tensor] = []
         self._static_addresses: list[int] = []
         self._lrs = TensorLRs(phase.optimizers, phase.device)
         self._guards: Guards | None = None
@@ -180,7 +181,8 @@ class CudaGraphExecution:
         check_leaves([leaf for leaf in leaves if id(leaf) in known], phase)  # the pass itself creates any others
         if is_first and not self.static_grads:
             self.static_grads = [p.grad for p in phase.parameters()]
-            self._static_addresses = addresses(self.static_grads)
+            self._static_tensors = [grad for grad in self.static_grads if grad is not None]
+            self._static_addresses = addresses(self._static_tensors)
         if any(p.grad is not static for p, static in zip(phase.parameters(), self.static_grads, strict=True)):
             self.graphs.disable(PASSES, key)
             set_grads(phase, grads_before)
@@ -286,7 +288,7 @@ class CudaGraphExecution:
         guards = Guards(phase)
         if self._guards_changed(phase, guards):
             return None
-        held = [*guards.tensors, *self._lrs.tensors, *written, *[grad for grad in self.static_grads if grad is not None]]
+        held = [*guards.tensors, *self._lrs.tensors, *written, *self._static_tensors]
         try:
             graph = self.graphs.capture(kind, key, work, inputs, held)
             changed = Guards(phase).changed(guards)
@@ -306,7 +308,7 @@ class CudaGraphExecution:
     def _check_cheap_guards(self, phase: PhaseLike, with_weights: bool) -> None:
         """Invalidates the graphs if gradients or weights are at other addresses, or are trained in another way."""
         moved = with_weights and self._guards is not None and self._guards.addresses_changed()
-        if moved or addresses(self.static_grads) != self._static_addresses:
+        if moved or addresses(self._static_tensors) != self._static_addresses:
             self.invalidate(phase, "a parameter or a gradient has moved, a parameter was frozen, or a module changed its mode")
 
     def check_guards(self, phase: PhaseLike) -> None:
@@ -337,6 +339,6 @@ def set_grads(phase: PhaseLike, grads: list[torch.Tensor | None]) -> None:
         parameter.grad = grad
 
 
-def addresses(grads: list[torch.Tensor | None]) -> list[int]:
-    """The addresses of gradients in memory."""
-    return list(map(torch.Tensor.data_ptr, filter(torch.is_tensor, grads)))
+def addresses(tensors: list[torch.Tensor]) -> list[int]:
+    """The addresses of tensors in memory."""
+    return list(map(torch.Tensor.data_ptr, tensors))
