@@ -137,6 +137,15 @@ class Execution(Protocol):
     def forward_backward(self, phase: PhaseLike, engine: Any, prepared: Any, weight: Any) -> None:
         """Runs one batch forward and backward; sets ``state.loss``, ``state.y_pred`` and the gradients."""
 
+    def inspect(
+        self,
+        phase: PhaseLike,
+        settings: Hashable,
+        given: list[torch.Tensor],
+        check: Callable[[list[torch.Tensor], GradNorms], Any],
+    ) -> Any:
+        """Calls ``check(given, norms)``, which depends on nothing but the gradients, ``given`` and ``settings``."""
+
     def clip(self, phase: PhaseLike, settings: Hashable, clip: Callable[[GradNorms], torch.Tensor]) -> torch.Tensor:
         """Calls ``clip``, which depends on nothing but the gradients and ``settings``, and returns the norm."""
 

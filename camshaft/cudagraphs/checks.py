@@ -16,13 +16,14 @@ from camshaft.pytree import is_strided
 from camshaft.validation import join_names
 
 __all__ = [
+    "captures_steps",
     "check_capturable",
     "check_input",
     "check_leaves",
     "check_outside",
     "check_single_device",
+    "grads_are_none",
     "group_settings",
-    "is_capturable",
     "leaves_of",
     "setting_key",
 ]
@@ -109,6 +110,16 @@ def is_capturable(optimizer: Optimizer) -> bool:
     return on_device and not any(hooks)
 
 
+def captures_steps(phase: PhaseLike) -> bool:
+    """Whether the step of every optimizer of a phase can be captured."""
+    return all(is_capturable(optimizer) for optimizer in phase.optimizers)
+
+
+def grads_are_none(phase: PhaseLike) -> bool:
+    """Whether no handler has set a gradient before the window's first pass."""
+    return phase.has_own_zero_grad or all(p.grad is None for p in phase.parameters())
+
+
 def group_settings(optimizer: Optimizer) -> Hashable:
     """The settings of an optimizer's parameter groups that a captured step depends on."""
     excluded = ("params", "param_names", "lr") if supports_tensor_lr(optimizer) else ("params", "param_names")
@@ -120,7 +131,7 @@ def group_settings(optimizer: Optimizer) -> Hashable:
 
 def setting_key(setting: Any) -> Hashable:
     """What a graph captures of a setting: the identity of a tensor on its device, the value of anything else."""
-    if setting is None or type(setting) in (bool, int, float):  # the usual case, on the hot path
+    if setting is None or isinstance(setting, (bool, int, float)):  # the usual case, on the hot path
         return setting
     if isinstance(setting, torch.Tensor) and setting.device.type == "cpu":
         return tuple(setting.reshape(-1).tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from camshaft.protocols import PhaseLike
 from camshaft.pytree import is_strided
 
-__all__ = ["Guards"]
+__all__ = ["Guards", "addresses"]
 
 MAX_ITEMS = 64
 """The length up to which a list or mapping counts as a setting; a longer one is data."""
@@ -86,7 +86,7 @@ class Guards:
 
     def addresses_changed(self) -> bool:
         """Whether a parameter has moved or was frozen, or a module has changed its mode; cheap enough for every batch."""
-        if list(map(torch.Tensor.data_ptr, self._parameters)) != self._addresses:
+        if addresses(self._parameters) != self._addresses:
             return True
         if [p.requires_grad for p in self._parameters] != self._trained:
             return True
@@ -95,6 +95,11 @@ class Guards:
     def optimizer_state_lost(self) -> bool:
         """Whether an optimizer has lost the state that a captured step updates."""
         return any(len(o.state) < size for o, size in zip(self._optimizers, self._states, strict=True))
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """The addresses of tensors in memory."""
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def items_of(value: Any) -> Iterator[tuple[str, Any]]:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from camshaft.cudagraphs.checks import (
+    captures_steps,
     check_capturable,
     check_input,
     check_leaves,
     check_outside,
     check_single_device,
+    grads_are_none,
     group_settings,
-    is_capturable,
     leaves_of,
 )
 from camshaft.cudagraphs.graphs import CAPTURERS, CapturedGraph, GraphCache, Kind
-from camshaft.cudagraphs.guards import Guards
+from camshaft.cudagraphs.guards import Guards, addresses
 from camshaft.grad_norms import GradNorms
 from camshaft.optimizers import TensorLRs
 from camshaft.protocols import PhaseLike
@@ -33,6 +34,7 @@ PASSES = Kind(
     "the shapes of the batch and everything in it that is not a tensor; pad batches to a few lengths, and turn numbers that "
     "vary into tensors",
 )
+INSPECTION = Kind("the check of losses and gradients", "the number of batches in a window")
 CLIPPING = Kind("the clipping", "its bounds")
 STEP = Kind(
     "the optimizer step",
@@ -71,8 +73,7 @@ class CudaGraphExecution:
         for optimizer in phase.optimizers:
             check_capturable(optimizer)
         check_single_device(phase)
-        self._capturer = capturer
-        self._invalidations = 0
+        self._capturer, self._invalidations = capturer, 0
         self._steps_are_captured = captures_steps(phase)
         self.invalidate(phase)
 
@@ -212,6 +213,19 @@ class CudaGraphExecution:
 
     # -- clipping and step --------------------------------------------------------------------------------------------
 
+    def inspect(
+        self,
+        phase: PhaseLike,
+        settings: Hashable,
+        given: list[torch.Tensor],
+        check: Callable[[list[torch.Tensor], GradNorms], Any],
+    ) -> Any:
+        """Checks the window's losses and gradients, and returns what it has found."""
+        if any(tensor.device != phase.device for tensor in given):
+            return check(given, phase.grad_norms)
+        settings = settings, signature(given, [])
+        return self._run(phase, INSPECTION, settings, lambda inputs: check(inputs, GradNorms()), given)
+
     def clip(self, phase: PhaseLike, settings: Hashable, clip: Callable[[GradNorms], torch.Tensor]) -> torch.Tensor:
         """Clips the window's gradients.
 
@@ -223,7 +237,7 @@ class CudaGraphExecution:
         Returns:
             The norm.
         """
-        norm: torch.Tensor = self._run(phase, CLIPPING, settings, lambda: clip(GradNorms()))
+        norm: torch.Tensor = self._run(phase, CLIPPING, settings, lambda _: clip(GradNorms()))
         phase.grad_norms.clear()  # a replay changes the gradients, but not their version counters
         return norm
 
@@ -241,7 +255,7 @@ class CudaGraphExecution:
         lrs = self._lrs
         lrs.sync()
 
-        def run_step() -> None:
+        def run_step(_: Any) -> None:
             with lrs.applied():
                 for optimizer in phase.optimizers:
                     optimizer.step()
@@ -251,25 +265,32 @@ class CudaGraphExecution:
 
     def after_step(self, phase: PhaseLike, settings: Hashable, written: list[torch.Tensor], work: Callable[[], None]) -> None:
         """Does some work with the new weights, which may be captured if the step before it is."""
-        if not self._steps_are_captured:
-            return work()
-        self._run(phase, AFTER_STEP, (settings, *map(torch.Tensor.data_ptr, written)), work, written)
-        return None
+        if self._steps_are_captured:
+            self._run(phase, AFTER_STEP, (settings, *addresses(written)), lambda _: work(), written=written)
+        else:
+            work()
 
     def _run(
         self,
         phase: PhaseLike,
         kind: Kind,
         settings: Hashable,
-        work: Callable[[], Any],
+        work: Callable[[list[torch.Tensor]], Any],
+        given: Sequence[torch.Tensor] = (),
         written: Sequence[torch.Tensor] = (),
     ) -> Any:
-        self._check_cheap_guards(phase, with_weights=kind is STEP)
+        """Calls ``work(given)``, or replays its graph on the values of ``given``."""
+        self._check_cheap_guards(phase, with_weights=kind in (STEP, AFTER_STEP))
         if not (self.graphs.should_capture(kind, settings) and self._has_static_grads(phase)):
-            return work()
-        graph = self.graphs.get(kind, settings) or self._capture(phase, kind, settings, work, [], written)
+            return work([*given])
+        graph = self.graphs.get(kind, settings)
         if graph is None:
-            return work()
+            inputs = [tensor.clone() for tensor in given]
+            graph = self._capture(phase, kind, settings, lambda: work(inputs), inputs, written)
+        if graph is None:
+            return work([*given])
+        if given:
+            torch._foreach_copy_(graph.inputs, [*given])
         graph.replay()
         return map_tensors(torch.clone, graph.results)
 
@@ -323,22 +344,7 @@ class CudaGraphExecution:
         return bool(changed)
 
 
-def captures_steps(phase: PhaseLike) -> bool:
-    """Whether the step of every optimizer of a phase can be captured."""
-    return all(is_capturable(optimizer) for optimizer in phase.optimizers)
-
-
-def grads_are_none(phase: PhaseLike) -> bool:
-    """Whether no handler has set a gradient before the window's first pass."""
-    return phase.has_own_zero_grad or all(p.grad is None for p in phase.parameters())
-
-
 def set_grads(phase: PhaseLike, grads: list[torch.Tensor | None]) -> None:
     """Assigns a gradient to each parameter of a phase."""
     for parameter, grad in zip(phase.parameters(), grads, strict=True):
         parameter.grad = grad
-
-
-def addresses(tensors: list[torch.Tensor]) -> list[int]:
-    """The addresses of tensors in memory."""
-    return list(map(torch.Tensor.data_ptr, tensors))

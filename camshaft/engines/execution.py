@@ -24,6 +24,16 @@ class EagerExecution:
         fire.backward_started()
         phase.backward(engine.state, weight)
 
+    def inspect(
+        self,
+        phase: PhaseLike,
+        settings: Hashable,
+        given: list[torch.Tensor],
+        check: Callable[[list[torch.Tensor], GradNorms], Any],
+    ) -> Any:
+        """Checks the gradients, and returns what it has found."""
+        return check(given, phase.grad_norms)
+
     def clip(self, phase: PhaseLike, settings: Hashable, clip: Callable[[GradNorms], torch.Tensor]) -> torch.Tensor:
         """Clips the gradients, and returns the norm."""
         return clip(phase.grad_norms)

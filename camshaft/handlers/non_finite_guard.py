@@ -8,6 +8,7 @@ import torch
 
 from camshaft.distributed.collectives import world_size
 from camshaft.events import Priority, StepEvents
+from camshaft.grad_norms import GradNorms
 from camshaft.handler import Handler, on
 from camshaft.validation import join_names
 
@@ -54,15 +55,15 @@ class NonFiniteGuard(Handler):
     def check(self, engine: Any) -> None:
         """Requests that the step be skipped if anything is not finite."""
         phase = engine.phases[engine.state.phase]
-        bad = ~torch.stack([loss.reshape(()) for _, loss in self._losses]).isfinite().all()
         self._trained = [p for p in phase.parameters() if p.grad is not None]
-        if self._trained:
-            norms, gradients = phase.grad_norms, [p.grad for p in self._trained]
-            self._norms = norms.each(gradients, norms.expected_order)
-            bad_gradient = ~self._norms.isfinite().all()
-            for overflow in phase.overflows():  # the scaler handles an overflow
-                bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
-            bad = bad | bad_gradient.to(bad.device)
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        losses, overflows, order = [loss for _, loss in self._losses], phase.overflows(), phase.grad_norms.expected_order
+
+        def find(given: list[torch.Tensor], norms: GradNorms) -> tuple[torch.Tensor, torch.Tensor | None]:
+            count = len(losses)
+            return find_non_finite(given[:count], given[count:], norms.each(gradients, order) if gradients else None)
+
+        bad, self._norms = phase.execution.inspect(phase, (order, len(losses)), losses + overflows, find)
         engine.skip_step_if(bad, lambda: self._on_non_finite(engine))
 
     def _on_non_finite(self, engine: Any) -> None:
@@ -90,3 +91,22 @@ class NonFiniteGuard(Handler):
         if not bad and world_size() > 1:
             return f"the loss or the gradient of another process is not finite in iteration {state.iteration}, {where}"
         return f"the gradient of {join_names(bad, 5)} is not finite in iteration {state.iteration}, {where}"
+
+
+def find_non_finite(
+    losses: list[torch.Tensor], overflows: list[torch.Tensor], norms: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Whether a loss or a gradient is not finite, as a boolean scalar tensor; and the norms.
+
+    Args:
+        losses: the losses of the window.
+        overflows: what the scaler has found: with an overflow, which it handles, the gradients are not looked at.
+        norms: the norm of each gradient; ``None`` if there is no gradient.
+    """
+    bad = ~torch.stack([loss.reshape(()) for loss in losses]).isfinite().all()
+    if norms is not None:
+        bad_gradient = ~norms.isfinite().all()
+        for overflow in overflows:
+            bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
+        bad = bad | bad_gradient.to(bad.device)
+    return bad, norms

@@ -73,8 +73,43 @@ def test_handlers_of_the_package_work(tmp_path):
         TensorBoard(tmp_path / str(len(averages)), every=2).attach(trainer)
         averages.append(ExponentialMovingAverage(0.5).attach(trainer))
 
-    assert_same(6, prepare=prepare, accumulation_steps=2, clip_grad_norm=0.5, clip_grad_value=0.125)
+    assert_same(8, prepare=prepare, accumulation_steps=2, clip_grad_norm=0.5, clip_grad_value=0.125)
     assert same(*(weights(average.module) for average in averages))
+
+
+@pytest.mark.parametrize("attribute", ["weights", "average"])
+def test_an_average_follows_tensors_that_move(attribute):
+    averages = []
+
+    def prepare(trainer):
+        averages.append(ExponentialMovingAverage(0.5).attach(trainer))
+        model = trainer.primary.module
+
+        def move(engine):
+            for parameter in (model if attribute == "weights" else averages[-1].module).parameters():
+                parameter.data = parameter.data.clone()
+
+        trainer.add_event_handler_at(-10_000, StepEvents.OPTIMIZER_STEP_COMPLETED(every=13), move)  # just before the average
+
+    expected, found = (train(capture, prepare=prepare) for capture in (False, True))
+    assert same(expected, found)
+    assert same(*(weights(average.module) for average in averages))
+
+
+def test_a_non_finite_value_is_skipped_by_the_check_in_a_graph():
+    trainers = []
+    data = labelled_batches((6,) * 8)
+    data[6][0][0, 0] = torch.inf
+
+    def prepare(trainer):
+        NonFiniteGuard("raise").attach(trainer)
+        trainers.append(trainer)
+
+    for capture in (False, True):
+        with pytest.raises(FloatingPointError, match="the loss of iteration 7 is nan, at optimizer step 7"):
+            train(capture, prepare=prepare, data=data, epochs=1)
+    assert same(*(weights(trainer.primary.module)[:1] for trainer in trainers))
+    assert FakeCapturer.captures == 3
 
 
 def test_a_step_with_a_non_finite_gradient_is_skipped():
@@ -92,7 +127,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped():
     finite = [[torch.nan_to_num(value) for value in values] for values in (expected, found)]
     assert same(*finite)
     assert [trainer.state.skipped_steps for trainer in trainers] == [6, 6]
-    assert FakeCapturer.captures == 2
+    assert FakeCapturer.captures == 3  # the passes, the check, the step
 
 
 @pytest.mark.parametrize("until", [{"until_step": 17}, {"until_epoch": 4}])
