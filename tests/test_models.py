@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from toys import linear, same, sgd, trainer_of, weights
+from toys import data_parallel, linear, same, sgd, trainer_of, weights
 
 from camshaft import (
     FreezeParameters,
@@ -22,7 +22,7 @@ def tensor(*shape):
 
 
 def wrapped(model):
-    return torch.compile(torch.nn.DataParallel(model), backend="eager")
+    return torch.compile(data_parallel(model), backend="eager")
 
 
 def test_unwrap_returns_the_wrapped_model():

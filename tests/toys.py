@@ -1,5 +1,8 @@
 """Small models, data and engines that the tests share."""
 
+import os
+from unittest import mock
+
 import torch
 from torch import nn
 
@@ -21,6 +24,17 @@ def linear(dtype=torch.float32):
 
 def sgd(model, lr=0.1, **options):
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def data_parallel(model):
+    """Returns ``nn.DataParallel`` as it is without a GPU: with one, it would move the model there."""
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        return nn.DataParallel(model)
+
+
+def without_gpus():
+    """Returns the environment for processes that train on the CPU with one thread, also if there is a GPU."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def trainer_of(model=None, optimizer=None, loss_fn=nn.functional.mse_loss, **options):

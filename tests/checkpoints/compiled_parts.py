@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from toys import data_parallel
 
 NAMES = ["block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias", "head.weight", "head.bias"]
 
@@ -45,5 +46,5 @@ FORMS = {
     "compiled parts": with_compiled_parts,
     "compiled in place": compiled_in_place,
     "compiled with a compiled block": lambda model: compiled(with_compiled_block(model)),
-    "DataParallel of a compiled block": lambda model: nn.DataParallel(with_compiled_block(model)),
+    "DataParallel of a compiled block": lambda model: data_parallel(with_compiled_block(model)),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toys import batches, linear, model_of, same, sgd, trainer_of, weights
+from toys import batches, data_parallel, linear, model_of, same, sgd, trainer_of, weights
 
 from camshaft import (
     CheckpointRotation,
@@ -22,9 +22,9 @@ def other_model():
 
 WRAPPERS = {
     "plain": lambda model: model,
-    "DataParallel": torch.nn.DataParallel,
+    "DataParallel": data_parallel,
     "compiled": lambda model: torch.compile(model, backend="eager"),
-    "compiled DataParallel": lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager"),
+    "compiled DataParallel": lambda model: torch.compile(data_parallel(model), backend="eager"),
 }
 
 
@@ -38,7 +38,7 @@ def test_weights_are_loaded_with_any_combination_of_wrappers(saved, loaded, tmp_
 
 
 def test_torch_load_reads_the_file(tmp_path):
-    path = save_weights(torch.nn.DataParallel(linear()), tmp_path / "weights.pt")
+    path = save_weights(data_parallel(linear()), tmp_path / "weights.pt")
     content = torch.load(path, weights_only=True)
     assert list(content) == ["weight", "bias"]
     assert torch.equal(content["weight"], linear().weight)
@@ -139,7 +139,7 @@ def test_load_weights_rejects_other_models_and_missing_files(tmp_path):
 
 def test_weights_nested_in_a_larger_dict_raise_and_show_how_to_load_them(tmp_path):
     model = linear()
-    content = {"epoch": 3, "optimizer": sgd(model).state_dict(), "model": nn.DataParallel(model).state_dict()}
+    content = {"epoch": 3, "optimizer": sgd(model).state_dict(), "model": data_parallel(model).state_dict()}
     torch.save(content, tmp_path / "epoch3.pt")
     match = r"epoch3\.pt holds more .* be under 'model'; load them by model\.load_state_dict\(torch\.load\('.*\)\['model'\]\)"
     with pytest.raises(RuntimeError, match=match):

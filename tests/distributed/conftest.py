@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from toys import without_gpus
 
 SCRIPT = Path(__file__).parent / "run_scenarios.py"
 GROUPS = (
@@ -22,7 +23,7 @@ def start(folder, world_size, subjects, only=None):
     folder.mkdir(exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []
     command = [sys.executable, *torchrun, SCRIPT, *subjects, *(["--only", only] if only else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "SCENARIO_OUTPUT": str(folder)}
+    environment = without_gpus() | {"SCENARIO_OUTPUT": str(folder)}
     with (folder / "log").open("w") as log:
         return subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=400, check=False).returncode
 

@@ -11,7 +11,7 @@ from ignite.engine import Engine
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
-from toys import batches, collect, linear, same, sgd, trainer_of, weights
+from toys import batches, collect, data_parallel, linear, same, sgd, trainer_of, weights
 from training_loops import train_by_hand
 
 from camshaft import (
@@ -161,7 +161,7 @@ def test_one_optimizer_may_have_two_schedulers():
 
 def test_a_data_parallel_model_is_trained():
     model = linear()
-    trainer_of(nn.DataParallel(model)).run(batches(), max_epochs=2)
+    trainer_of(data_parallel(model)).run(batches(), max_epochs=2)
     assert same(weights(model), train_by_hand(linear(), batches() * 2))
 
 

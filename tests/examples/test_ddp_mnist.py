@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import without_gpus
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "ddp_mnist.py"
 
@@ -19,7 +20,7 @@ def command(out, processes=2):
 
 
 def run(out, processes=2):
-    done = subprocess.run(command(out, processes), capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command(out, processes), env=without_gpus(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -33,7 +34,7 @@ def workers_of(launcher):
 
 def kill_one(out):
     """Starts both, waits for a checkpoint and kills one of them; returns how long the other has lasted."""
-    with subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+    with subprocess.Popen(command(out), env=without_gpus(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
         until = time.monotonic() + 100
         while not list(out.glob("checkpoints/step-*.pt")) and time.monotonic() < until:
             time.sleep(0.01)

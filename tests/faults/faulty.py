@@ -161,6 +161,7 @@ class Child:
 
 def _run_child(function, notes, args, kwargs):
     os.setsid()  # a process group of its own, as in a terminal
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # autograd starts a thread for each GPU, and cannot run in forks after that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(notes, os.O_WRONLY | os.O_APPEND)
     error = os.open(notes.with_suffix(".error"), os.O_WRONLY | os.O_CREAT)

@@ -36,6 +36,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
     pytest.mark.usefixtures("_deterministic"),
+    # torch says so once per process, when check_synchronization turns this mode on
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
 ]
 
 
@@ -63,10 +65,10 @@ def loader_of(**options):
     return DataLoader(samples(), batch_size=8, pin_memory=True, **options)
 
 
-def on_device(number=12):
+def on_device(number=12, size=8):
     generator = torch.Generator().manual_seed(1)
-    pairs = [(torch.randn(8, 16, generator=generator), torch.randint(4, (8,), generator=generator)) for _ in range(number)]
-    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in pairs]
+    draw = lambda: (torch.randn(size, 16, generator=generator), torch.randint(4, (size,), generator=generator))  # noqa: E731
+    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in (draw() for _ in range(number))]
 
 
 def weights(module):
@@ -119,7 +121,7 @@ def test_the_scaler_and_the_guard_synchronize_once_per_step(tmp_path, guard):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.run(loader_of())
-    syncs = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    syncs = [warning for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
     assert len(syncs) == trainer.state.optimizer_step + trainer.state.skipped_steps
 
 
@@ -187,6 +189,7 @@ def test_other_optimizer_kernels_give_the_same_weights_up_to_rounding(kernels):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # a hint of torch.compile: TF32 is faster
 def test_a_compiled_model_trains():
     torch.use_deterministic_algorithms(False)
     prepared = partial(torch.compile, mode="reduce-overhead")
@@ -303,15 +306,17 @@ def test_device_memory_does_not_grow(tmp_path):
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=1000), record)
     batches = on_device()
     trainer.run(itertools.chain.from_iterable(itertools.repeat(batches)), max_iters=10_000)
-    assert len(set(allocated[1:])) == 1, allocated
+    assert max(allocated[5:]) <= max(allocated[:5]), allocated  # it may vary with the points that wait for TensorBoard
 
 
 def test_no_autograd_graph_is_kept_between_iterations(tmp_path):
-    trainer, peaks = full_trainer(tmp_path), []
+    trainer, allocated = full_trainer(tmp_path), []
+    batches = on_device(size=4096)  # each tensor of their graphs is much larger than what may vary: gradients and points
 
     @trainer.on(StepEvents.FORWARD_STARTED)
     def record(engine):
-        peaks.append(torch.cuda.memory_allocated())
+        allocated.append(torch.cuda.memory_allocated())
 
-    trainer.run(on_device())
-    assert max(peaks[4:]) == min(peaks[4:]), peaks
+    trainer.run(batches)
+    smallest = trainer.state.y_pred.nbytes
+    assert max(allocated[4:]) - min(allocated[4:]) < smallest, allocated  # eight batches would have left eight of them

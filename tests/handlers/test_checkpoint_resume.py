@@ -6,7 +6,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from rotations import rotating
-from toys import batches, linear, model_of, same, scripted, sgd, trainer_of, weights
+from toys import batches, data_parallel, linear, model_of, same, scripted, sgd, trainer_of, weights
 
 from camshaft import (
     CheckpointRotation,
@@ -249,7 +249,7 @@ def test_a_file_with_code_in_it_is_refused(tmp_path):
 
 
 def test_a_checkpoint_holds_only_plain_values_and_no_prefixes_of_wrappers(tmp_path):
-    model = torch.nn.DataParallel(linear())
+    model = data_parallel(linear())
     trainer, checkpoints = rotating(tmp_path, create_trainer(model, sgd(model), torch.nn.functional.mse_loss))
     trainer.run(batches(1))
     content = torch.load(checkpoints.last, weights_only=True)

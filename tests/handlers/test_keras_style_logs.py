@@ -1,7 +1,6 @@
 """The logs of callbacks of Keras and Poutyne."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 import toys
 from keras_callbacks import Recorder, only, recorded
-from toys import batches, linear, scripted, sgd, trainer_of
+from toys import batches, linear, scripted, sgd, trainer_of, without_gpus
 
 from camshaft import Evaluation, Events, KerasStyle, create_gan_trainer, create_trainer
 from camshaft.engines.fire import no_handlers
@@ -158,7 +157,7 @@ dist.destroy_process_group()
 
 def test_two_processes_have_the_same_mean_and_stop_together(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
-    environment = os.environ | {"PYTHONPATH": str(Path(toys.__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = without_gpus() | {"PYTHONPATH": str(Path(toys.__file__).parent)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "two.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """What ``explain(speed=True)`` suggests for optimizers and models. No test depends on how fast anything is."""
 
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from speed_runs import (
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
-from toys import batches, linear, sgd, trainer_of
+from toys import batches, data_parallel, linear, sgd, trainer_of, without_gpus
 
 from camshaft import GradientPenalty, Phase, StepEvents, Trainer, create_trainer
 from camshaft.reports.speed import about_kernel, is_quick_at_bf16
@@ -212,7 +211,7 @@ def test_a_network_that_cannot_be_copied_is_reported():
 def test_a_wrapped_network_is_not_measured():
     trainer = picture_trainer()
     trainer.run(DataLoader(picture_data(), 4))
-    trainer.primary.module = nn.DataParallel(trainer.primary.module)
+    trainer.primary.module = data_parallel(trainer.primary.module)
     assert "the network is wrapped (DataParallel)" in advice_about(CHANNELS_LAST, speed_report(trainer))
 
 
@@ -280,7 +279,6 @@ def test_nothing_is_measured_with_several_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=without_gpus(), check=True)
     assert "not measured: with several processes" in advice_about("torch.optim.SGD(..., fused=True)", done.stdout)
     assert "times as fast" not in done.stdout
