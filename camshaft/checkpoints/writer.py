@@ -15,7 +15,8 @@ from camshaft.checkpoints.files import remove, save_durably
 from camshaft.checkpoints.index import Entry, Index
 from camshaft.checkpoints.lock import FolderInUseError
 from camshaft.checkpoints.names import EARLIEST_TIME
-from camshaft.pytree import map_tensors, tensors
+from camshaft.checkpoints.snapshot import Snapshot
+from camshaft.pytree import tensors
 
 __all__ = ["CheckpointWriter", "error_of", "raise_if", "size_of"]
 
@@ -30,7 +31,8 @@ class CheckpointWriter:
 
     A save that fails leaves the older files unchanged and warns. The third in a row raises, and the first one too if nothing
     was ever saved in this folder. In the background the tensors are copied first and one thread writes them; an error is
-    reported at the next save or at :meth:`wait`.
+    reported at the next save or at :meth:`wait`. The memory of the copy is kept for the next save until :meth:`close`, or
+    until a save fails.
 
     Args:
         index: the folder's index.
@@ -49,6 +51,7 @@ class CheckpointWriter:
         self.index, self.choose, self.background, self.check_owner = index, choose, background, check_owner
         self.longest = 0.0
         """The duration of the longest save in seconds, from the request to the last deletion."""
+        self._snapshot = Snapshot()
         self._failures = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -81,11 +84,12 @@ class CheckpointWriter:
             return self.record(entry, lambda: save(content), size_of(content))
         self._begin(entry, size_of(content))
         try:
-            copied = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), content)
-            self._thread = threading.Thread(target=self._run, args=(entry, lambda: save(copied)), name="camshaft checkpoint")
+            fetch = self._snapshot.take(content)
+            self._thread = threading.Thread(target=self._run, args=(entry, lambda: save(fetch())), name="camshaft checkpoint")
             self._thread.start()
         except Exception as error:  # out of memory, or of threads
             self._thread, self._error = None, error
+            self._snapshot.release()
             return self.index.folder / entry.file if self._report() else None
         return self.index.folder / entry.file
 
@@ -137,8 +141,15 @@ class CheckpointWriter:
         self._thread = None
         return self._report()
 
+    def close(self) -> bool:
+        """The same, and frees the memory that is kept for the next save; a later save makes new memory."""
+        try:
+            return self.wait()
+        finally:
+            self._snapshot.release()
+
     def report_if_done(self) -> bool:
-        """The same without waiting: does nothing while a save is being written."""
+        """What :meth:`wait` does, without waiting: does nothing while a save is being written."""
         return True if self._thread is not None and self._thread.is_alive() else self.wait()
 
     def _begin(self, entry: Entry, size: int) -> None:
@@ -157,6 +168,7 @@ class CheckpointWriter:
                 if not isinstance(error, OSError):
                     logger.error("a save in the background has failed", exc_info=True)
                 without_tracebacks(error)  # their frames refer to the copies of the tensors
+                self._snapshot.release()
             self._error = error
         self.longest = max(self.longest, time.monotonic() - started)
 

@@ -118,7 +118,7 @@ class CheckpointRotation(Handler):
         writer, self._writer = self._writer, None
         try:
             if writer is not None:
-                writer.wait()
+                writer.close()
         finally:
             self._lock.release()
 
@@ -218,7 +218,7 @@ class CheckpointRotation(Handler):
         if engine.coordinator.any_rank(self.requests_checkpoint(engine) or self.policy.is_new(moment_of(engine))):
             self._save()
         if self.background:
-            on_rank_zero(lambda: self.writer.wait())
+            on_rank_zero(lambda: self.writer.close())
         engine.coordinator.barrier()  # no rank exits before the file is complete
 
     def check_at_end(self, engine: Any) -> None:
@@ -262,7 +262,7 @@ class CheckpointRotation(Handler):
                 "last checkpoint, and save more often (every=, every_minutes=)"
             )
         path = self._save()
-        return path if on_rank_zero(lambda: self.writer.wait()) else None
+        return path if on_rank_zero(lambda: self.writer.close()) else None
 
     def _save(self) -> Path | None:
         engine = self.engine
@@ -284,7 +284,7 @@ class CheckpointRotation(Handler):
     def on_exception(self, engine: Any, error: BaseException) -> None:
         """Saves nothing, but waits for a save in the background."""
         if self._writer is not None:
-            self._writer.wait()
+            self._writer.close()
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 

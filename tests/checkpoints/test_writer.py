@@ -164,7 +164,7 @@ def test_a_copy_that_does_not_fit_into_memory_is_a_failed_save(tmp_path, monkeyp
     def fail(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(module, "map_tensors", fail)
+    monkeypatch.setattr(module.Snapshot, "take", fail)
     with pytest.warns(RuntimeWarning, match="MemoryError: no memory"):
         assert writer.write({"x": torch.zeros(1)}, entry(2)) is None
     monkeypatch.undo()
