@@ -40,7 +40,7 @@ def _torch_settings():
 
 
 def _environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TORCHINDUCTOR_"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TORCHINDUCTOR_", "TRITON_"))}
 
 
 def _threads(before=()):
