@@ -52,8 +52,9 @@ class CheckpointRotation(Handler):
         mode: ``"max"`` if more is better, ``"min"`` if less is. Without ``metric`` a reader uses the mode of the run.
         every: the event, or events, at which a checkpoint is requested.
         every_minutes: requests one whenever this many minutes have passed since the last one, too.
-        background: a thread writes while training continues. The tensors are copied first, one save runs at a time, and the end
-            of the run waits for the last one.
+        background: a thread writes while training continues. The tensors are copied first: those on an accelerator without
+            waiting for it. The memory of that copy, on the host and on an accelerator that has room, is kept until the run
+            ends or a save fails. One save runs at a time, and the end of the run waits for the last one.
         sharded: every rank writes its own part into a folder ``step-00000123`` (``torch.distributed.checkpoint``): for FSDP2
             and for large states. It can be loaded with another number of processes.
 
