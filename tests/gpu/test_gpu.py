@@ -94,7 +94,12 @@ def full_trainer(folder, amp=None, optimizer=None, **options):
         model, optimizer, nn.functional.cross_entropy, amp=amp, accumulation_steps=2, clip_grad_norm=1.0, scheduler=scheduler,
         **options,
     )  # fmt: skip
-    for handler in (LRHistory(), ExponentialMovingAverage(0.99), Progress(every_seconds=0), TensorBoard(folder / "runs", every=2)):
+    for handler in (
+        LRHistory(),
+        ExponentialMovingAverage(0.99),
+        Progress(every_seconds=0),
+        TensorBoard(folder / "runs", every=2),
+    ):
         handler.attach(trainer)
     CheckpointRotation(folder / "checkpoints").attach(trainer)
     return trainer
