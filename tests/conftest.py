@@ -14,8 +14,8 @@ import torch
 collect_ignore_glob = ["*/conftest.py"]  # several conftest.py files cannot be searched for doctests in one run
 
 LIBRARY_THREADS = ("tqdm_monitor", "InductorSubproc", "subproc_worker_timer", "Dummy-")
-"""Name prefixes of threads that libraries keep running for the lifetime of the process: tqdm, torch.compile's workers, and those
-of autograd for a GPU, which Python names when they call it."""
+"""Name prefixes of threads that libraries keep running for the lifetime of the process: tqdm, torch.compile's workers, and
+autograd's threads of a GPU, which get this name when they call Python."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
