@@ -11,6 +11,7 @@ from scenarios import (
     ddp,
     error_of,
     fsdp,
+    fully_shard,
     is_last_rank,
     loader,
     plain_model,
@@ -20,7 +21,6 @@ from scenarios import (
     trainer_of,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 import camshaft.checkpoints.sharded_save
 from camshaft import CheckpointRotation, Events, create_evaluator

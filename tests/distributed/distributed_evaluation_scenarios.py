@@ -13,6 +13,7 @@ from scenarios import (
     error_of,
     fsdp,
     full_weights,
+    fully_shard,
     loader,
     max_difference,
     plain_model,
@@ -22,7 +23,6 @@ from scenarios import (
     world_size,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from camshaft import CheckpointRotation, Evaluation, ExponentialMovingAverage, create_evaluator

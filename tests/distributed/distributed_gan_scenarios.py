@@ -3,9 +3,21 @@
 from typing import Any
 
 import torch
-from scenarios import FEATURES, dataset, ddp, error_of, full_weights, loader, max_difference, rank, scenario, sgd, world_size
+from scenarios import (
+    FEATURES,
+    dataset,
+    ddp,
+    error_of,
+    full_weights,
+    fully_shard,
+    loader,
+    max_difference,
+    rank,
+    scenario,
+    sgd,
+    world_size,
+)
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 

@@ -9,6 +9,7 @@ from scenarios import (
     error_of,
     from_rank_zero,
     fsdp,
+    fully_shard,
     have_equal_weights,
     loader,
     plain_model,
@@ -18,7 +19,6 @@ from scenarios import (
     trainer_of,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from camshaft import CheckpointRotation, load_weights, save_weights
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 from gradient_sync_scenarios import weights_and_steps, weights_with_a_trained_loss_function
-from scenarios import UnsizedData, fsdp, full_weights, loader, plain_model, scenario, trainer_of, world_size
-from torch.distributed.fsdp import fully_shard
+from scenarios import UnsizedData, fsdp, full_weights, fully_shard, loader, plain_model, scenario, trainer_of, world_size
 
 from camshaft import NonFiniteGuard
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import fsdp as torch_fsdp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -113,6 +114,11 @@ def shifted_model() -> nn.Module:
 
 def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if world_size() > 1 else model
+
+
+def fully_shard(module: nn.Module) -> nn.Module:
+    """Torch's function on the CPU. Without a mesh it takes the device for which torch was built, even if there is none."""
+    return torch_fsdp.fully_shard(module, mesh=init_device_mesh("cpu", (world_size(),)))
 
 
 def fsdp(model: nn.Module) -> nn.Module:
