@@ -152,20 +152,21 @@ class ModuleAverage:
 
     def look_up_tensors(self, model: nn.Module) -> None:
         """Lists the tensors that are averaged and those that are copied, because walking through a model takes time."""
-        parameters = list(zip(self.module.parameters(), model.parameters(), strict=True))
-        self._averaged = grouped((own, p) for own, p in parameters if p.is_floating_point() or p.is_complex())
-        self._copied = grouped((own, p) for own, p in parameters if not (p.is_floating_point() or p.is_complex()))
-        self._buffers = grouped(zip(self.module.buffers(), model.buffers(), strict=True))
-        self._written = [own for group in (*self._averaged, *self._copied, *self._buffers) for own in group[0]]
+        averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        copied = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        for own, weight in zip(self.module.parameters(), model.parameters(), strict=True):
+            (averaged if weight.is_floating_point() or weight.is_complex() else copied).append((own, weight))
+        self._averaged, self._copied = grouped(averaged), grouped(copied)
+        self._written = [own for own, _ in averaged + copied]
 
     def update(self, model: nn.Module, phase: Any) -> None:
         """Updates the average with the new weights of a phase."""
-        is_first, groups = self.updates == 0, self._averaged
-        copied = [*self._copied, *self._buffers, *(groups if is_first else [])]
+        is_first = self.updates == 0
+        averaged, copied = ([], self._averaged + self._copied) if is_first else (self._averaged, self._copied)
 
         @torch.no_grad()
         def write() -> None:
-            for averages, weights in () if is_first else groups:
+            for averages, weights in averaged:
                 torch._foreach_lerp_(averages, weights, 1 - self.decay)
             for copies, originals in copied:
                 torch._foreach_copy_(copies, originals)

@@ -60,8 +60,8 @@ class NonFiniteGuard(Handler):
         losses, overflows, order = [loss for _, loss in self._losses], phase.overflows(), phase.grad_norms.expected_order
 
         def find(given: list[torch.Tensor], norms: GradNorms) -> tuple[torch.Tensor, torch.Tensor | None]:
-            count = len(losses)
-            return find_non_finite(given[:count], given[count:], norms.each(gradients, order) if gradients else None)
+            count, each = len(losses), norms.each(gradients, order) if gradients else None
+            return is_non_finite(given[:count], given[count:], each), each
 
         bad, self._norms = phase.execution.inspect(phase, (order, len(losses)), losses + overflows, find)
         engine.skip_step_if(bad, lambda: self._on_non_finite(engine))
@@ -93,10 +93,8 @@ class NonFiniteGuard(Handler):
         return f"the gradient of {join_names(bad, 5)} is not finite in iteration {state.iteration}, {where}"
 
 
-def find_non_finite(
-    losses: list[torch.Tensor], overflows: list[torch.Tensor], norms: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Whether a loss or a gradient is not finite, as a boolean scalar tensor; and the norms.
+def is_non_finite(losses: list[torch.Tensor], overflows: list[torch.Tensor], norms: torch.Tensor | None) -> torch.Tensor:
+    """Whether a loss or a gradient is not finite, as a boolean scalar tensor.
 
     Args:
         losses: the losses of the window.
@@ -109,4 +107,4 @@ def find_non_finite(
         for overflow in overflows:
             bad_gradient = bad_gradient & (overflow.to(bad_gradient.device) == 0)
         bad = bad | bad_gradient.to(bad.device)
-    return bad, norms
+    return bad
